@@ -1,0 +1,1 @@
+//! The PARAM toolkit: one package over the crates, for its binaries, integration tests and benches.
