@@ -18,6 +18,8 @@ pub enum Error {
     Tensor { path: PathBuf, tensor: String, problem: String },
     #[error("{origin}: {problem}")]
     Tokenizer { origin: String, problem: String },
+    #[error(transparent)]
+    Gguf(#[from] gguf::Error),
     #[error("GGUF key `{key}`: {problem}")]
     Metadata { key: String, problem: String },
 }

@@ -6,6 +6,7 @@ pub mod atomic;
 pub mod checkpoint;
 mod config;
 mod error;
+pub mod metadata;
 mod tensors;
 mod tokenizer;
 

@@ -240,12 +240,13 @@ impl Tokenizer {
     }
 
     /// Builds a byte-level BPE from the lists that a GGUF file carries, for files without the exact `tokenizer.json`.
-    /// `pre` names the pre-tokenization as llama.cpp does.
+    /// `pre` names the pre-tokenization as llama.cpp does; prompts begin with `bos`.
     pub fn from_lists(
         tokens: &[&str],
         is_control: impl Fn(usize) -> bool,
         merges: &[&str],
         pre: &str,
+        bos: Option<u32>,
     ) -> Result<Self, Error> {
         const ORIGIN: &str = "GGUF tokenizer";
         let splitting = pre_tokenizer_json(pre).ok_or_else(|| Error::Tokenizer {
@@ -266,7 +267,9 @@ impl Tokenizer {
                 "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": pre == LLAMA_3,
                 "vocab": vocab, "merges": merges},
         });
-        Self::from_json(json.to_string(), ORIGIN)
+        let mut tokenizer = Self::from_json(json.to_string(), ORIGIN)?;
+        tokenizer.bos = bos.filter(|&id| (id as usize) < tokenizer.n_vocab());
+        Ok(tokenizer)
     }
 
     /// llama.cpp's name for the pre-tokenization, where it has one for it.
@@ -424,7 +427,7 @@ mod tests {
         let tokens = tokenizer.entries().iter().map(|(t, _)| t.as_str()).collect::<Vec<_>>();
         let merges = tokenizer.merges().iter().map(String::as_str).collect::<Vec<_>>();
         let is_control = |id: usize| tokenizer.entries()[id].1 == TokenType::Control;
-        let rebuilt = Tokenizer::from_lists(&tokens, is_control, &merges, tokenizer.pre()).unwrap();
+        let rebuilt = Tokenizer::from_lists(&tokens, is_control, &merges, tokenizer.pre(), None).unwrap();
         let text = "The lazy fox doesn't panic  \n 😀 naïve 4242";
         assert_eq!(rebuilt.encode(text).unwrap(), tokenizer.encode(text).unwrap());
         assert_eq!(rebuilt.end_of_text(), tokenizer.end_of_text());
