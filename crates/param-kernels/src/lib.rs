@@ -1,1 +1,21 @@
-//! param-kernels
+//! The CPU kernels of PARAM: one op one file, each written once as plain Rust shaped to vectorise, compiled for every
+//! instruction set worth having and chosen at run time ([`Kernels`]); and the executor that runs them together ([`Team`]).
+
+#![allow(clippy::needless_range_loop, reason = "indexed lanes are the form that vectorises")]
+#![allow(clippy::excessive_precision, reason = "coefficients are kept as they were fitted")]
+
+mod attention;
+mod dispatch;
+mod dot;
+mod gelu;
+mod isa;
+mod layer_norm;
+mod math;
+mod softmax;
+mod spmd;
+mod topk;
+
+pub use attention::{KEY_GROUP, key_cache_len, key_index};
+pub use dispatch::Kernels;
+pub use spmd::{Team, Tile, available_threads};
+pub use topk::top_k;

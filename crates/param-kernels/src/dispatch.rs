@@ -1,0 +1,141 @@
+//! The table of kernels: every body compiled once per instruction set, and the choice made once per process.
+
+use half::f16;
+use std::sync::OnceLock;
+
+/// Declares the ops once; from that come the struct of function pointers, its safe methods, and one table per instruction set.
+macro_rules! kernels {
+    ($($(#[$doc:meta])* $op:ident = $module:ident::$body:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?;)*) => {
+        /// One implementation of every op, all for the same instruction set. Lengths that do not fit together panic: they are
+        /// the caller's mistake, never the input's.
+        pub struct Kernels {
+            isa: &'static str,
+            $($op: unsafe fn($($ty),*) $(-> $ret)?,)*
+        }
+
+        impl Kernels {
+            $($(#[$doc])*
+            #[inline]
+            pub fn $op(&self, $($arg: $ty),*) $(-> $ret)? {
+                // SAFETY: tables are handed out by `supported` and `get` only, after the CPU was asked for their features.
+                unsafe { (self.$op)($($arg),*) }
+            })*
+        }
+
+        mod baseline {
+            use super::*;
+            $(fn $op($($arg: $ty),*) $(-> $ret)? {
+                crate::$module::$body::<crate::isa::Baseline>($($arg),*)
+            })*
+            pub(super) static TABLE: Kernels = Kernels { isa: "baseline", $($op,)* };
+        }
+
+        kernels!(@x86 avx2 "avx2" "avx2,fma,f16c" Avx2 $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
+        kernels!(@x86 avx512 "avx512" "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c" Avx512
+            $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
+    };
+    (@x86 $table:ident $name:literal $features:literal $isa:ident
+        $($op:ident = $module:ident::$body:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*) => {
+        #[cfg(target_arch = "x86_64")]
+        mod $table {
+            use super::*;
+            $(#[target_feature(enable = $features)]
+            fn $op($($arg: $ty),*) $(-> $ret)? {
+                crate::$module::$body::<crate::isa::$isa>($($arg),*)
+            })*
+            pub(super) static TABLE: Kernels = Kernels { isa: $name, $($op,)* };
+        }
+    };
+}
+
+kernels! {
+    /// `sum_i a[i] b[i]`.
+    dot = dot::dot(a: &[f32], b: &[f32]) -> f32;
+
+    /// `y += alpha x`.
+    axpy = dot::axpy(alpha: f32, x: &[f32], y: &mut [f32]);
+
+    /// `y = e^x`, within 2 ulp.
+    exp = math::exp_slice(x: &[f32], y: &mut [f32]);
+
+    /// `y = x Phi(x)`: GELU as PyTorch computes it by default, within 5e-7.
+    gelu_erf = gelu::gelu_erf(x: &[f32], y: &mut [f32]);
+
+    /// Multiplies `grad` by the derivative of [`Kernels::gelu_erf`] at `x`.
+    gelu_erf_backward = gelu::gelu_erf_backward(x: &[f32], grad: &mut [f32]);
+
+    /// `y = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`, within 5e-7.
+    gelu_tanh = gelu::gelu_tanh(x: &[f32], y: &mut [f32]);
+
+    /// Multiplies `grad` by the derivative of [`Kernels::gelu_tanh`] at `x`.
+    gelu_tanh_backward = gelu::gelu_tanh_backward(x: &[f32], grad: &mut [f32]);
+
+    /// `y = (x - mean) / sqrt(variance + eps) * scale + shift` per row; x, y are [n_row, n_col], scale and shift [n_col]. Leaves
+    /// each row's mean and `rstd = 1 / sqrt(variance + eps)` in `mean` and `rstd` [n_row] for the backward pass.
+    layer_norm = layer_norm::layer_norm(
+        x: &[f32], scale: &[f32], shift: &[f32], eps: f32, y: &mut [f32], mean: &mut [f32], rstd: &mut [f32],
+    );
+
+    /// Adds to `dx` [n_row, n_col], `dscale` and `dshift` [n_col] the gradients of [`Kernels::layer_norm`], given the
+    /// gradient `dy` [n_row, n_col] of its output.
+    layer_norm_backward = layer_norm::layer_norm_backward(
+        x: &[f32], scale: &[f32], mean: &[f32], rstd: &[f32], dy: &[f32], dx: &mut [f32], dscale: &mut [f32], dshift: &mut [f32],
+    );
+
+    /// Largest element, `-inf` of an empty row; NaN is passed over.
+    max = softmax::max(x: &[f32]) -> f32;
+
+    /// Softmax of one row in place. A row of nothing but `-inf` becomes NaN, as in PyTorch.
+    softmax = softmax::softmax(x: &mut [f32]);
+
+    /// `ln sum_i e^x[i]`, `-inf` of an empty row.
+    log_sum_exp = softmax::log_sum_exp(x: &[f32]) -> f32;
+
+    /// Causal attention of one head over an f32 cache: see [`Kernels::attention_f16`].
+    attention_f32 = attention::attention_f32(
+        q: &[f32], k: &[f32], v: &[f32], n_past: usize, head_dim: usize, out: &mut [f32],
+    );
+
+    /// Causal attention of one head: query `i` of `q` [n_query, head_dim], already scaled by `1 / sqrt(head_dim)`, sits at
+    /// position `n_past + i` and sees the keys at 0 to its own position. `k` is laid out by [`crate::key_index`], `v` is
+    /// [at least n_past + n_query, head_dim]. Scores, softmax and weighted sum are fused, in blocks of keys, with the running
+    /// maximum of Milakov and Gimelshein (2018). Writes `out` [n_query, head_dim].
+    attention_f16 = attention::attention_f16(
+        q: &[f32], k: &[f16], v: &[f16], n_past: usize, head_dim: usize, out: &mut [f32],
+    );
+}
+
+impl Kernels {
+    /// The fastest table this CPU can run, chosen at the first call.
+    pub fn get() -> &'static Kernels {
+        static CHOICE: OnceLock<&'static Kernels> = OnceLock::new();
+        CHOICE.get_or_init(|| Self::supported()[0])
+    }
+
+    /// Every table this CPU can run, fastest first; the last is the baseline every CPU of the target runs. Tests compare them all.
+    pub fn supported() -> Vec<&'static Kernels> {
+        let mut tables = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx2 =
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if avx512 && avx2 {
+                tables.push(&avx512::TABLE);
+            }
+            if avx2 {
+                tables.push(&avx2::TABLE);
+            }
+        }
+        tables.push(&baseline::TABLE);
+        tables
+    }
+
+    /// Name of the instruction set, for reports: `avx512`, `avx2` or `baseline`.
+    pub fn isa(&self) -> &'static str {
+        self.isa
+    }
+}

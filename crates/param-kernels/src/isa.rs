@@ -1,0 +1,158 @@
+//! What the kernel bodies ask of an instruction set. Everything else the compiler vectorises by itself once a body is
+//! inlined into a function that enables the features.
+
+use half::f16;
+
+/// Width every body is written for: one AVX-512 register, two AVX2, four NEON or SSE2.
+pub(crate) const LANES: usize = 16;
+
+/// One f32 register's worth (or the same in narrower registers).
+pub(crate) type Lanes = [f32; LANES];
+
+/// An instruction set a kernel body is compiled for. The implementing types are only named inside functions that enable
+/// the features they stand for, which is what their `// SAFETY:` comments rest on.
+pub(crate) trait Isa {
+    /// Whether a fused multiply-add is one instruction. Where it is not, `mul_add` would call the C library.
+    const FMA: bool;
+
+    /// Exact conversion to f32.
+    #[inline(always)]
+    fn widen(x: &[f16; LANES]) -> Lanes {
+        let mut y = [0.0; LANES];
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = widen_one(x.to_bits());
+        }
+        y
+    }
+
+    /// `a * b + c`, fused where that is fast.
+    #[inline(always)]
+    fn madd(a: f32, b: f32, c: f32) -> f32 {
+        if Self::FMA { a.mul_add(b, c) } else { a * b + c }
+    }
+}
+
+/// f16 bits to f32 without a branch, so that it vectorises: shift the fields into place, then a multiplication by 2^112
+/// corrects the exponent and normalises subnormals in one step. Infinities and NaN take the all-ones exponent instead.
+#[inline(always)]
+fn widen_one(bits: u16) -> f32 {
+    let sign = u32::from(bits & 0x8000) << 16;
+    let magnitude = u32::from(bits & 0x7fff) << 13;
+    let scale = f32::from_bits((127 + 112) << 23);
+    let finite = (f32::from_bits(magnitude) * scale).to_bits();
+    let value = if magnitude >= 0x7c00 << 13 { magnitude | 0x7f80_0000 } else { finite };
+    f32::from_bits(sign | value)
+}
+
+/// What the target guarantees: SSE2 on x86-64, NEON (which has FMA) on aarch64.
+pub(crate) struct Baseline;
+
+impl Isa for Baseline {
+    const FMA: bool = cfg!(target_arch = "aarch64");
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Isa, LANES, Lanes};
+    use half::f16;
+    use std::arch::x86_64::*;
+
+    /// AVX2 with FMA and F16C.
+    pub(crate) struct Avx2;
+
+    impl Isa for Avx2 {
+        const FMA: bool = true;
+
+        #[inline(always)]
+        fn widen(x: &[f16; LANES]) -> Lanes {
+            let mut y = [0.0; LANES];
+            // SAFETY: both halves read 8 of the 16 f16 and write 8 of the 16 f32; F16C is enabled wherever Avx2 is named.
+            unsafe {
+                let x = x.as_ptr().cast::<__m128i>();
+                let y = y.as_mut_ptr();
+                _mm256_storeu_ps(y, _mm256_cvtph_ps(_mm_loadu_si128(x)));
+                _mm256_storeu_ps(y.add(8), _mm256_cvtph_ps(_mm_loadu_si128(x.add(1))));
+            }
+            y
+        }
+    }
+
+    /// AVX-512 F, BW, DQ and VL.
+    pub(crate) struct Avx512;
+
+    impl Isa for Avx512 {
+        const FMA: bool = true;
+
+        #[inline(always)]
+        fn widen(x: &[f16; LANES]) -> Lanes {
+            let mut y = [0.0; LANES];
+            // SAFETY: reads 16 f16, writes 16 f32; AVX-512F is enabled wherever Avx512 is named.
+            unsafe { _mm512_storeu_ps(y.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast()))) };
+            y
+        }
+    }
+}
+
+/// Sum in a fixed tree, so that a result does not depend on how the compiler splits the lanes.
+#[inline(always)]
+pub(crate) fn sum_lanes(x: Lanes) -> f32 {
+    let mut x = x;
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            x[i] += x[i + half];
+        }
+        half /= 2;
+    }
+    x[0]
+}
+
+/// `acc += a * b`, lane by lane.
+#[inline(always)]
+pub(crate) fn madd_lanes<I: Isa>(acc: &mut Lanes, a: &Lanes, b: &Lanes) {
+    for i in 0..LANES {
+        acc[i] = I::madd(a[i], b[i], acc[i]);
+    }
+}
+
+/// Sum of `f(i)` over `0..n`, with four registers of partial sums to hide the latency of the addition.
+#[inline(always)]
+pub(crate) fn sum_map(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    const WIDE: usize = 4 * LANES;
+    let mut acc = [0.0f32; WIDE];
+    let whole = n / WIDE * WIDE;
+    for start in (0..whole).step_by(WIDE) {
+        for lane in 0..WIDE {
+            acc[lane] += f(start + lane);
+        }
+    }
+    let mut sum = [0.0f32; LANES];
+    for lane in 0..LANES {
+        sum[lane] = (acc[lane] + acc[lane + LANES]) + (acc[lane + 2 * LANES] + acc[lane + 3 * LANES]);
+    }
+    let mut total = sum_lanes(sum);
+    for i in whole..n {
+        total += f(i);
+    }
+    total
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn widening_is_exact_for_every_f16() {
+        for bits in 0..=u16::MAX {
+            let want = f16::from_bits(bits).to_f32();
+            let got = widen_one(bits);
+            assert!(
+                want.to_bits() == got.to_bits() || (want.is_nan() && got.is_nan()),
+                "{bits:#06x}: {got} for {want}"
+            );
+        }
+    }
+}

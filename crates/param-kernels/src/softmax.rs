@@ -1,0 +1,82 @@
+//! Softmax of a row in place, and log-sum-exp; both subtract the maximum first, so neither overflows.
+
+use crate::isa::{Isa, LANES, sum_map};
+use crate::math::exp;
+
+/// Largest element, `-inf` of an empty row. NaN is passed over: it resurfaces in the exponentials.
+#[inline(always)]
+pub(crate) fn max<I: Isa>(x: &[f32]) -> f32 {
+    let mut best = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for chunk in whole {
+        for i in 0..LANES {
+            best[i] = if chunk[i] > best[i] { chunk[i] } else { best[i] };
+        }
+    }
+    best.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
+}
+
+#[inline(always)]
+pub(crate) fn softmax<I: Isa>(x: &mut [f32]) {
+    let max = max::<I>(x);
+    for v in x.iter_mut() {
+        *v = exp::<I>(*v - max);
+    }
+    let inverse = 1.0 / sum_map(x.len(), |i| x[i]);
+    for v in x.iter_mut() {
+        *v *= inverse;
+    }
+}
+
+#[inline(always)]
+pub(crate) fn log_sum_exp<I: Isa>(x: &[f32]) -> f32 {
+    let max = max::<I>(x);
+    // All -inf: the sum is zero, and subtracting -inf would give NaN.
+    if max == f32::NEG_INFINITY {
+        return max;
+    }
+    max + sum_map(x.len(), |i| exp::<I>(x[i] - max)).ln()
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::Kernels;
+    use proptest::prelude::*;
+
+    fn log_sum_exp_reference(x: &[f32]) -> f64 {
+        let max = x.iter().fold(f64::NEG_INFINITY, |m, &v| m.max(f64::from(v)));
+        max + x.iter().map(|&v| (f64::from(v) - max).exp()).sum::<f64>().ln()
+    }
+
+    proptest! {
+        /// Error bound: 1e-6 relative (exponential, sum of up to 500 terms, division) plus the smallest subnormals.
+        #[test]
+        fn every_isa_normalises(x in prop::collection::vec(-60.0f32..60.0, 1..500)) {
+            let lse = log_sum_exp_reference(&x);
+            for k in Kernels::supported() {
+                let mut got = x.clone();
+                k.softmax(&mut got);
+                for (&x, &got) in x.iter().zip(&got) {
+                    // The argument itself is rounded when the maximum is subtracted.
+                    let want = (f64::from(x) - lse).exp();
+                    prop_assert!((f64::from(got) - want).abs() <= 1e-5 * want + 1e-44, "{}: {got} for {want}", k.isa());
+                }
+                let got = f64::from(k.log_sum_exp(&x));
+                prop_assert!((got - lse).abs() <= 1e-6 * lse.abs().max(1.0), "{}: {got} for {lse}", k.isa());
+            }
+        }
+    }
+
+    #[test]
+    fn masked_entries_get_exactly_zero_and_nan_is_not_hidden() {
+        for k in Kernels::supported() {
+            let mut x = [1.0, f32::NEG_INFINITY, 1.0];
+            k.softmax(&mut x);
+            assert_eq!(x, [0.5, 0.0, 0.5]);
+            assert_eq!(k.log_sum_exp(&[f32::NEG_INFINITY; 3]), f32::NEG_INFINITY);
+            let mut x = [1.0, f32::NAN, 1.0];
+            k.softmax(&mut x);
+            assert!(x.iter().all(|v| v.is_nan()));
+        }
+    }
+}
