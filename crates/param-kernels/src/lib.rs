@@ -11,11 +11,13 @@ mod gelu;
 mod isa;
 mod layer_norm;
 mod math;
+mod matmul;
 mod softmax;
 mod spmd;
 mod topk;
 
 pub use attention::{KEY_GROUP, key_cache_len, key_index};
 pub use dispatch::Kernels;
+pub use matmul::{Mat, Write, matmul};
 pub use spmd::{Team, Tile, available_threads};
 pub use topk::top_k;
