@@ -125,7 +125,7 @@ impl GgmlType {
     /// Bytes of a row of `n` elements; `None` if that is no whole number of blocks or exceeds 64 bits.
     pub fn row_size(self, n: u64) -> Option<u64> {
         let (_, _, block_size, type_size) = self.layout();
-        (n % block_size == 0).then_some(())?;
+        n.is_multiple_of(block_size).then_some(())?;
         (n / block_size).checked_mul(type_size)
     }
 }

@@ -51,7 +51,7 @@ fn size(ne: &[u64], ty: GgmlType) -> std::result::Result<u64, String> {
     let too_large = || format!("{ne:?} elements of {ty} are more bytes than 63 bits hold");
     let fits = |n: &u64| i64::try_from(*n).is_ok();
     let n_elements = ne.iter().try_fold(1u64, |n, &dim| n.checked_mul(dim)).filter(fits).ok_or_else(too_large)?;
-    if ne[0] % ty.block_size() != 0 {
+    if !ne[0].is_multiple_of(ty.block_size()) {
         return Err(format!("rows of {} elements are not whole blocks of {} ({ty})", ne[0], ty.block_size()));
     }
     (n_elements / ty.block_size()).checked_mul(ty.type_size()).filter(fits).ok_or_else(too_large)
