@@ -1,0 +1,157 @@
+//! param-convert: a checkpoint of PARAM weights becomes one quantized GGUF file.
+#![forbid(unsafe_code)]
+
+mod convert;
+mod plan;
+mod progress;
+mod report;
+mod source;
+
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use gguf::{GgmlType, KEY_ALIGNMENT, Metadata};
+use param_model::metadata::ARCHITECTURE;
+
+use crate::plan::{Override, Plan};
+use crate::source::Source;
+
+/// Version of the block formats, which ggml has kept since 2023.
+const QUANTIZATION_VERSION: u32 = 2;
+
+/// Convert a checkpoint (safetensors) into a GGUF file that param-run executes.
+///
+/// By default the experts, which are most of a model, become Q4_K, and the attention, dense feed-forward and embedding
+/// matrices Q8_0. Norms, routers, biases and positions stay F32.
+#[derive(Parser)]
+#[command(version)]
+struct Args {
+    /// Weights: a .safetensors file, a .safetensors.index.json of shards, or a folder that holds either
+    #[arg(value_name = "CKPT")]
+    checkpoint: PathBuf,
+    /// The file to write; an older GGUF there is replaced, once the new one is complete
+    #[arg(value_name = "OUT.gguf")]
+    out: PathBuf,
+    /// Type of the experts and of all other matrices
+    #[arg(long, value_name = "TYPE", value_parser = plan::parse_type, help = format!("Type of the experts and of all other matrices: {}", plan::known_types()))]
+    quant: Option<GgmlType>,
+    /// Type of the tensors whose GGUF name matches, such as 'blk\.0\.ffn_.*_exps=q6_k'; of several, the last that
+    /// matches decides. Norms, routers, biases and positions take float types only
+    #[arg(long, value_name = "REGEX=TYPE")]
+    tensor_type: Vec<Override>,
+    /// Hyperparameters, if not in config.json beside the weights
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Attention heads, where no config tells (shapes cannot)
+    #[arg(long, value_name = "N")]
+    heads: Option<usize>,
+    /// Experts chosen per token, where no config tells (shapes cannot)
+    #[arg(long, value_name = "N")]
+    top_k: Option<usize>,
+    /// Tokenizer, if not in tokenizer.json beside the weights
+    #[arg(long, value_name = "FILE")]
+    tokenizer: Option<PathBuf>,
+    /// Name to store in the file [default: that of the file]
+    #[arg(long)]
+    name: Option<String>,
+    /// Licence of the weights to store in the file, such as MIT
+    #[arg(long)]
+    license: Option<String>,
+    /// Threads [default: all cores]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    threads: Option<u16>,
+}
+
+/// Something to be put right on the command line, as opposed to in a file.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    check_output(&args.out)?;
+    let source = Source::open(args)?;
+    if source.tokenizer.is_none() {
+        eprintln!("no tokenizer.json beside the weights: the file will run on token ids only (give --tokenizer FILE)");
+    }
+    let plan = Plan::new(&source.config, args.quant, &args.tensor_type)?;
+    let metadata = metadata(args, &source, &plan)?;
+    let threads = args.threads.map_or(0, usize::from); // 0 is rayon's word for all cores
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting threads")?;
+    let interrupted = Arc::new(AtomicBool::new(false));
+    let flag = interrupted.clone();
+    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("catching interrupts")?;
+    let converted = pool.install(|| convert::convert(&source, &plan, &metadata, &args.out, &interrupted))?;
+    let n_bytes = std::fs::metadata(&args.out)?.len();
+    print!("{}", report::table(&plan, &converted));
+    println!("{}: {}", args.out.display(), indicatif::BinaryBytes(n_bytes));
+    Ok(())
+}
+
+/// That nothing but an older conversion would be replaced: swapped arguments must not cost anyone their weights.
+fn check_output(out: &Path) -> Result<()> {
+    if out.is_dir() {
+        bail!(Usage(format!("{}: is a folder; name the GGUF file to write in it", out.display())));
+    }
+    let Ok(mut file) = File::open(out) else { return Ok(()) };
+    let mut start = Vec::new();
+    file.by_ref().take(gguf::MAGIC.len() as u64).read_to_end(&mut start)?;
+    if !start.is_empty() && start != gguf::MAGIC {
+        bail!(Usage(format!("{}: is there and is not a GGUF file; it is not replaced", out.display())));
+    }
+    Ok(())
+}
+
+fn metadata(args: &Args, source: &Source, plan: &Plan) -> Result<Metadata> {
+    let mut metadata = Metadata::new();
+    let stem = || args.out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    metadata.insert("general.architecture", ARCHITECTURE)?;
+    metadata.insert("general.name", args.name.clone().unwrap_or_else(stem))?;
+    if let Some(license) = &args.license {
+        metadata.insert("general.license", license.as_str())?;
+    }
+    metadata.insert("general.size_label", plan.size_label())?;
+    metadata.insert("general.file_type", plan.file_type())?;
+    metadata.insert("general.quantization_version", QUANTIZATION_VERSION)?;
+    metadata.insert(KEY_ALIGNMENT, gguf::DEFAULT_ALIGNMENT as u32)?;
+    source.config.write_metadata(&mut metadata)?;
+    if let Some(tokenizer) = &source.tokenizer {
+        tokenizer.write_metadata(source.config.n_vocab, &mut metadata)?;
+    }
+    Ok(metadata)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+}
