@@ -1,1 +1,26 @@
-//! param-runtime
+//! Runs PARAM models inside any application: open a GGUF file, keep a [`Session`] per conversation, take text out.
+//! Nothing here prints, exits, or panics on what a file or a user supplies; every failure is an [`Error`] that names its cause.
+
+#![forbid(unsafe_code)]
+
+mod activations;
+mod error;
+mod forward;
+mod generate;
+mod kv_cache;
+mod matmul;
+mod model;
+mod routing;
+mod sampler;
+mod session;
+mod text;
+mod trace;
+mod weights;
+
+pub use error::{Error, Result};
+pub use generate::{FinishReason, GenerateOptions, Generation, Overflow, Piece};
+pub use kv_cache::CacheType;
+pub use model::Model;
+pub use sampler::{Sampler, SamplerOptions};
+pub use session::{Rows, Session, SessionOptions};
+pub use trace::{Point, Trace};

@@ -1,0 +1,60 @@
+//! Everything that can go wrong, each error naming what it is about and what to do.
+
+use gguf::GgmlType;
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A failure to open or run a model.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs)] // the fields are those of the messages
+pub enum Error {
+    #[error(transparent)]
+    Gguf(#[from] gguf::Error),
+    #[error(transparent)]
+    Model(#[from] param_model::Error),
+    #[error("tensor `{name}` is missing: the file does not hold the model its metadata describes")]
+    MissingTensor { name: String },
+    #[error("tensor `{name}`: expected {expected:?}, got {got:?}")]
+    Shape { name: String, expected: Vec<u64>, got: Vec<u64> },
+    #[error("tensor `{name}` has no place in the model that the metadata describes")]
+    UnexpectedTensor { name: String },
+    #[error("tensor `{name}` ({ty}): {source}")]
+    TensorType { name: String, ty: GgmlType, source: param_ggml::Error },
+    #[error("the file has no tokenizer: convert the model again with its tokenizer.json, or work with token ids")]
+    NoTokenizer,
+    #[error("token {token} is outside the vocabulary of {n_vocab}")]
+    Token { token: u32, n_vocab: usize },
+    #[error("no token to start from: give a prompt of at least one token")]
+    EmptyContext,
+    #[error(
+        "{n_new} more tokens do not fit after {n_past} in a context of {n_ctx}: shorten the prompt, or let the context overflow"
+    )]
+    ContextFull { n_past: usize, n_new: usize, n_ctx: usize },
+    #[error("a context of {requested} tokens: this model has positions for 1 to {n_ctx}")]
+    ContextLength { requested: usize, n_ctx: usize },
+    #[error("out of memory: {what} needs {bytes} bytes")]
+    OutOfMemory { what: &'static str, bytes: usize },
+    #[error("while computing {what}: {source}")]
+    Compute { what: String, source: param_ggml::Error },
+    #[error("every logit is NaN or -inf: the model file is damaged")]
+    NoLogits,
+    #[error("sampling option {option} is {value}: expected {expected}")]
+    Sampling { option: &'static str, value: f32, expected: &'static str },
+}
+
+/// `n` elements of `T::default()`, or an error where the system refuses the memory.
+pub(crate) fn zeroed<T: Clone + Default>(what: &'static str, n: usize) -> Result<Vec<T>> {
+    let mut buffer = Vec::new();
+    resize(what, &mut buffer, n)?;
+    Ok(buffer)
+}
+
+/// Like [`Vec::resize`], or an error where the system refuses the memory.
+pub(crate) fn resize<T: Clone + Default>(what: &'static str, buffer: &mut Vec<T>, n: usize) -> Result<()> {
+    let bytes = n.saturating_mul(size_of::<T>());
+    buffer.try_reserve_exact(n.saturating_sub(buffer.len())).map_err(|_| Error::OutOfMemory { what, bytes })?;
+    buffer.resize(n, T::default());
+    Ok(())
+}

@@ -1,0 +1,81 @@
+//! Activations times the rows of a matrix stack, cut into tiles of outputs that each thread computes alone and in a fixed
+//! order: the number of threads never changes a result.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use gguf::Gguf;
+use param_kernels::Team;
+
+use crate::activations::{Activations, into_result, keep_first};
+use crate::error::{Error, Result};
+use crate::weights::Matrix;
+
+/// A tile's weights stay in the first-level cache while all of its tokens pass over them.
+const TILE_BYTES: usize = 24 * 1024;
+/// Bounds of a tile's width: enough work to claim, few enough columns that small matrices still occupy every thread.
+const TILE_COLS: Range<usize> = 8..64;
+/// Widest tile of a single token: there is no reuse, so balance counts.
+const TILE_COLS_DECODE: usize = 16;
+
+/// What each thread needs for itself.
+pub(crate) struct Scratch {
+    /// One token's outputs in a tile.
+    dots: [f32; TILE_COLS.end],
+    /// [QUERY_TILE, head_dim]: queries gathered and scaled, and what attention makes of them.
+    pub queries: Vec<f32>,
+    pub attended: Vec<f32>,
+}
+
+impl Scratch {
+    pub fn new(n_query_element: usize) -> Scratch {
+        Scratch {
+            dots: [0.0; TILE_COLS.end],
+            queries: vec![0.0; n_query_element],
+            attended: vec![0.0; n_query_element],
+        }
+    }
+}
+
+/// Rows of a matmul's output, in groups that each meet one matrix of the stack.
+pub(crate) struct Groups<'a> {
+    /// The matrix of each group.
+    pub matrices: &'a [usize],
+    /// Where each group starts, and where the last ends: [n_group + 1].
+    pub row_starts: &'a [usize],
+}
+
+/// For every row of `out` [n_row, weights.n_row] and tile of columns: `dots = weights[matrix][cols] · x[source(row)]`, then
+/// `finish(matrix, cols, dots, out)` puts them where `out` is the tile's part of the row.
+pub(crate) fn matmul(
+    team: &mut Team,
+    scratch: &mut [Scratch],
+    gguf: &Gguf,
+    weights: &Matrix,
+    x: &Activations,
+    groups: &Groups<'_>,
+    source: impl Fn(usize) -> usize + Sync,
+    out: &mut [f32],
+    finish: impl Fn(usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
+) -> Result<()> {
+    let data = weights.data(gguf)?; // [n_matrix, n_row, row_bytes]
+    let (n_out, row_bytes) = (weights.n_row, weights.row_bytes);
+    let n_group = groups.matrices.len();
+    let single = groups.row_starts[n_group] == n_group;
+    let widest = if single { TILE_COLS_DECODE } else { TILE_COLS.end };
+    let tile_cols = (TILE_BYTES / row_bytes).clamp(TILE_COLS.start, widest);
+    let failure = Mutex::new(None);
+    team.for_each_tile(scratch, out, n_out, groups.row_starts, tile_cols, |scratch, mut tile| {
+        let (matrix, cols) = (groups.matrices[tile.group()], tile.cols());
+        let first = matrix * n_out;
+        let rows = &data[(first + cols.start) * row_bytes..(first + cols.end) * row_bytes];
+        let dots = &mut scratch.dots[..cols.len()];
+        for row in tile.rows() {
+            if let Err(error) = weights.kernel.dot_rows(rows, x.row(source(row)), dots) {
+                return keep_first(&failure, error);
+            }
+            finish(matrix, cols.clone(), dots, tile.row_mut(row));
+        }
+    });
+    into_result(failure).map_err(|source| Error::Compute { what: format!("tensor `{}`", weights.name), source })
+}

@@ -1,0 +1,190 @@
+//! A model opened from a GGUF file: every tensor checked against the table of `param-model` before anything runs.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use gguf::{GgmlType, Gguf};
+use param_model::{Config, GGUF_HEAD, Part, Tokenizer, tensors};
+
+use crate::error::{Error, Result};
+use crate::weights::{Block, FeedForward, Linear, Matrix, Norm, read_f32};
+
+/// An opened model: read-only, shared by any number of sessions and threads. Matrices stay in the memory-mapped file.
+#[derive(Debug)]
+pub struct Model {
+    pub(crate) gguf: Gguf,
+    pub(crate) token_embd: Matrix,
+    pub(crate) position_embd: Matrix,
+    pub(crate) blocks: Vec<Block>,
+    pub(crate) output_norm: Norm,
+    /// `None` where it is tied to the token embedding.
+    pub(crate) head: Option<Matrix>,
+    config: Config,
+    tokenizer: Option<Tokenizer>,
+}
+
+impl Model {
+    /// Opens a GGUF file (or the first of a split model's), whose metadata must describe a PARAM model that its tensors are.
+    ///
+    /// # Errors
+    /// An unreadable or malformed file, another architecture, a tensor that is missing, superfluous, of the wrong shape or of a
+    /// type that cannot be multiplied, a tokenizer that does not fit the vocabulary.
+    pub fn open(path: impl AsRef<Path>) -> Result<Arc<Model>> {
+        Self::from_gguf(Gguf::open(path)?)
+    }
+
+    /// Like [`Model::open`], from a file already opened or read into memory.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub fn from_gguf(gguf: Gguf) -> Result<Arc<Model>> {
+        let config = Config::from_metadata(gguf.metadata())?;
+        let names = check_tensors(&gguf, &config)?;
+        let tokenizer = Tokenizer::from_metadata(gguf.metadata())?;
+        if let Some(tokenizer) = &tokenizer {
+            tokenizer.check_fits(config.n_vocab)?;
+        }
+        let bind = Bind { gguf: &gguf, names: &names };
+        let n_embd = config.n_embd;
+        let token_embd = bind.matrix(Part::TokenEmbd, None, config.n_vocab, n_embd)?;
+        let position_embd = bind.matrix(Part::PositionEmbd, None, config.n_ctx, n_embd)?;
+        let blocks = (0..config.n_layer).map(|i| bind.block(&config, i)).collect::<Result<_>>()?;
+        let output_norm = bind.norm(Part::OutputNormScale, Part::OutputNormShift, None)?;
+        let head = match gguf.tensor(GGUF_HEAD) {
+            Some(_) => Some(Matrix::new(&gguf, GGUF_HEAD, config.n_vocab, n_embd)?),
+            None => None,
+        };
+        Ok(Arc::new(Model { token_embd, position_embd, blocks, output_norm, head, config, tokenizer, gguf }))
+    }
+
+    /// The hyperparameters.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The tokenizer, where the file has one.
+    pub fn tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_ref()
+    }
+
+    /// The container: metadata, and tensors as stored.
+    pub fn gguf(&self) -> &Gguf {
+        &self.gguf
+    }
+
+    /// Token ids of a prompt: begin-of-text where the tokenizer puts one, special tokens recognised by name.
+    ///
+    /// # Errors
+    /// [`Error::NoTokenizer`].
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        Ok(self.tokenizer.as_ref().ok_or(Error::NoTokenizer)?.encode_prompt(text)?)
+    }
+
+    /// Whether every matrix is stored in f32, so that an f16 cache would be what limits precision.
+    pub(crate) fn is_f32(&self) -> bool {
+        self.gguf.tensors().iter().all(|info| info.ty == GgmlType::F32)
+    }
+
+    /// The matrix from the last hidden state to the logits: [n_vocab, n_embd].
+    pub(crate) fn head(&self) -> &Matrix {
+        self.head.as_ref().unwrap_or(&self.token_embd)
+    }
+}
+
+/// GGUF names by what the tensors are.
+type Names = HashMap<(Part, Option<usize>), String>;
+
+/// Checks that the file holds the tensors of `config` in their shapes, and no others.
+fn check_tensors(gguf: &Gguf, config: &Config) -> Result<Names> {
+    let mut names = Names::new();
+    let check = |name: &str, shape: Vec<usize>| {
+        let info = gguf.tensor(name).ok_or_else(|| Error::MissingTensor { name: name.to_owned() })?;
+        let expected: Vec<u64> = shape.iter().map(|&n| n as u64).collect();
+        let got = info.shape();
+        if got != expected {
+            return Err(Error::Shape { name: name.to_owned(), expected, got });
+        }
+        Ok(())
+    };
+    for spec in tensors(config) {
+        // Tensors without a GGUF name serve training only.
+        if let Some(name) = &spec.gguf {
+            check(name, spec.gguf_shape())?;
+            names.insert((spec.part, spec.block), name.clone());
+        }
+    }
+    let mut n_known = names.len();
+    if gguf.tensor(GGUF_HEAD).is_some() {
+        check(GGUF_HEAD, vec![config.n_vocab, config.n_embd])?;
+        n_known += 1;
+    }
+    if gguf.tensors().len() > n_known {
+        let known = |name: &str| name == GGUF_HEAD || names.values().any(|n| n == name);
+        if let Some(info) = gguf.tensors().iter().find(|info| !known(&info.name)) {
+            return Err(Error::UnexpectedTensor { name: info.name.clone() });
+        }
+    }
+    Ok(names)
+}
+
+/// Turns checked tensors into weights.
+struct Bind<'a> {
+    gguf: &'a Gguf,
+    names: &'a Names,
+}
+
+impl Bind<'_> {
+    /// The tensor's name; the table decided which optional ones exist.
+    fn name(&self, part: Part, block: Option<usize>) -> Option<&str> {
+        self.names.get(&(part, block)).map(String::as_str)
+    }
+
+    fn required(&self, part: Part, block: Option<usize>) -> Result<&str> {
+        self.name(part, block).ok_or_else(|| Error::MissingTensor { name: format!("{part:?}") })
+    }
+
+    fn matrix(&self, part: Part, block: Option<usize>, n_row: usize, n_col: usize) -> Result<Matrix> {
+        Matrix::new(self.gguf, self.required(part, block)?, n_row, n_col)
+    }
+
+    fn norm(&self, scale: Part, shift: Part, block: Option<usize>) -> Result<Norm> {
+        let read = |part| read_f32(self.gguf, self.required(part, block)?);
+        Ok(Norm { scale: read(scale)?, shift: read(shift)? })
+    }
+
+    fn linear(&self, weight: Part, bias: Part, block: usize, n_row: usize, n_col: usize) -> Result<Linear> {
+        let weight = self.matrix(weight, Some(block), n_row, n_col)?;
+        let bias = match self.name(bias, Some(block)) {
+            Some(name) => read_f32(self.gguf, name)?,
+            None => Vec::new(),
+        };
+        Ok(Linear { weight, bias })
+    }
+
+    fn block(&self, config: &Config, block: usize) -> Result<Block> {
+        let (n_embd, n_ff) = (config.n_embd, config.n_ff());
+        let at = Some(block);
+        let square = |weight, bias| self.linear(weight, bias, block, n_embd, n_embd);
+        let moe = config.is_moe(block);
+        let (up, up_bias, down, down_bias) = if moe {
+            (Part::ExpertUp, Part::ExpertUpBias, Part::ExpertDown, Part::ExpertDownBias)
+        } else {
+            (Part::FfnUp, Part::FfnUpBias, Part::FfnDown, Part::FfnDownBias)
+        };
+        let router = if moe { Some(read_f32(self.gguf, self.required(Part::Router, at)?)?) } else { None };
+        Ok(Block {
+            norm1: self.norm(Part::AttnNormScale, Part::AttnNormShift, at)?,
+            q: square(Part::AttnQ, Part::AttnQBias)?,
+            k: square(Part::AttnK, Part::AttnKBias)?,
+            v: square(Part::AttnV, Part::AttnVBias)?,
+            out: square(Part::AttnOut, Part::AttnOutBias)?,
+            norm2: self.norm(Part::FfnNormScale, Part::FfnNormShift, at)?,
+            ffn: FeedForward {
+                router,
+                up: self.linear(up, up_bias, block, n_ff, n_embd)?,
+                down: self.linear(down, down_bias, block, n_embd, n_ff)?,
+            },
+        })
+    }
+}
