@@ -24,6 +24,8 @@ pub const CONFIG_FILE: &str = "config.json";
 pub const TOKENIZER_FILE: &str = "tokenizer.json";
 /// Name of the link to a run's newest checkpoint.
 pub const LAST_LINK: &str = "last";
+/// Name of the link to the checkpoint of a run with the lowest validation loss.
+pub const BEST_LINK: &str = "best";
 
 /// An opened checkpoint: memory-mapped, nothing converted yet.
 #[derive(Debug)]

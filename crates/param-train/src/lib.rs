@@ -1,9 +1,17 @@
 //! Training of PARAM models: data, forward and backward passes, optimizer, schedule, checkpoints and the loop over them.
 #![deny(unsafe_code)]
 
+pub mod checkpoint;
 pub mod cpu;
 pub mod data;
+mod error;
 pub mod init;
+pub mod metrics;
 pub mod optimizer;
 pub mod random;
+pub mod sample;
 pub mod schedule;
+pub mod settings;
+pub mod trainer;
+
+pub use error::Error;

@@ -60,7 +60,7 @@ pub struct Inputs<'a> {
     /// Values, likewise.
     pub v: &'a [f32],
     /// Which positions are real, [n_row, n_col]; all where `None`.
-    pub mask: Option<&'a [u8]>,
+    pub mask: Option<&'a [bool]>,
     /// Dropout of the probabilities.
     pub dropout: Option<&'a Dropout>,
 }
@@ -79,7 +79,7 @@ impl Inputs<'_> {
             scores[first + i + 1..].fill(f32::NEG_INFINITY);
             if let Some(mask) = mask {
                 for (score, &real) in scores.iter_mut().zip(mask) {
-                    *score += if real == 0 { PADDED } else { 0.0 };
+                    *score += if real { 0.0 } else { PADDED };
                 }
             }
             kernels.softmax(scores);

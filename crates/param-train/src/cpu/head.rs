@@ -4,9 +4,7 @@ use param_kernels::{Kernels, Mat, Write, matmul};
 use rayon::prelude::*;
 
 use super::buffers::Buffers;
-
-/// Target that does not count.
-pub const IGNORED: i32 = -100;
+use crate::data::IGNORED;
 
 /// Rows of logits at a time: about 16 MiB, but enough rows that the product stays a matmul and not a matrix-vector one.
 fn rows_per_chunk(n_vocab: usize) -> usize {
@@ -23,7 +21,16 @@ pub struct Gradients<'a> {
     pub dweight: &'a mut [f32],
 }
 
-/// Sum over the counting targets of `-log softmax(x W^T)[target]`, in nats.
+/// Cross-entropy over the targets that count.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct CrossEntropy {
+    /// Sum of `-log softmax(logits)[target]`, nats.
+    pub sum: f64,
+    /// Targets that count.
+    pub n_target: usize,
+}
+
+/// Cross-entropy of the logits `x W^T` against `targets` ([`IGNORED`] where none counts).
 pub fn cross_entropy(
     x: &[f32],       // [n_row, n_embd]
     weight: &[f32],  // [n_vocab, n_embd]
@@ -31,7 +38,7 @@ pub fn cross_entropy(
     n_embd: usize,
     mut gradients: Option<Gradients>,
     buffers: &mut Buffers,
-) -> f64 {
+) -> CrossEntropy {
     let kernels = Kernels::get();
     let n_thread = rayon::current_num_threads();
     let n_vocab = weight.len() / n_embd;
@@ -68,5 +75,5 @@ pub fn cross_entropy(
         }
     }
     buffers.give(buffer);
-    loss
+    CrossEntropy { sum: loss, n_target: targets.iter().filter(|&&t| t != IGNORED).count() }
 }

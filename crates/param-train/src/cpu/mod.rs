@@ -21,6 +21,7 @@ use crate::random::{Key, Site};
 use block::{Block, Saved};
 use buffers::Buffers;
 use dropout::Dropout;
+use head::CrossEntropy;
 pub use router::{Capacity, Routing};
 
 /// A model's structure: where each parameter stands among the vectors of the tensor table's order.
@@ -39,8 +40,8 @@ pub struct Sequences<'a> {
     pub ids: &'a [u32],
     /// Length of a sequence.
     pub n_col: usize,
-    /// 1 where a position is real and 0 where it is padding, [n_row, n_col]; all real where `None`.
-    pub mask: Option<&'a [u8]>,
+    /// Which positions are real and not padding, [n_row, n_col]; all where `None`.
+    pub mask: Option<&'a [bool]>,
 }
 
 /// Where the router's standard normal draws come from.
@@ -73,10 +74,8 @@ impl Mode<'static> {
 /// The parts of a loss over one batch.
 #[derive(Clone, Debug, Default)]
 pub struct Losses {
-    /// Sum of the cross-entropy over the counting targets, nats.
-    pub ce_sum: f64,
-    /// Counting targets.
-    pub n_target: usize,
+    /// Cross-entropy of the next token.
+    pub cross_entropy: CrossEntropy,
     /// The routing of each MoE block, in order, with its unweighted losses.
     pub routings: Vec<Routing>,
 }
@@ -84,7 +83,7 @@ pub struct Losses {
 impl Losses {
     /// Mean cross-entropy per target, nats.
     pub fn ce(&self) -> f64 {
-        self.ce_sum / self.n_target as f64
+        self.cross_entropy.sum / self.cross_entropy.n_target as f64
     }
 
     /// Load-balancing loss summed over blocks, unweighted.
@@ -156,14 +155,14 @@ impl Model {
         self.index[&(part, None)]
     }
 
-    /// Loss over `targets` [n_row, n_col] ([`head::IGNORED`] where none counts), without gradients.
+    /// Loss over `targets` [n_row, n_col] ([`crate::data::IGNORED`] where none counts), without gradients.
     pub fn loss(&mut self, params: &[Vec<f32>], sequences: Sequences, targets: &[i32], mode: Mode) -> Losses {
         let mut forward = self.forward(params, sequences, mode, false);
         let routings = std::mem::take(&mut forward.blocks).into_iter().filter_map(Saved::into_routing).collect();
         let (token, n_embd) = (self.at(Part::TokenEmbd), self.config.n_embd);
-        let ce_sum = head::cross_entropy(&forward.normed, &params[token], targets, n_embd, None, &mut self.buffers);
+        let cross_entropy = head::cross_entropy(&forward.normed, &params[token], targets, n_embd, None, &mut self.buffers);
         self.recycle(forward);
-        Losses { ce_sum, n_target: n_counting(targets), routings }
+        Losses { cross_entropy, routings }
     }
 
     /// Logits of position `row * n_col + col` for each of `positions`, [positions.len(), n_vocab].
@@ -193,8 +192,7 @@ impl Model {
         let mut dnormed = self.buffers.take(forward.normed.len()); // [n_token, n_embd]
         let gradients =
             head::Gradients { scale: 1.0 / scale.n_target as f32, dx: &mut dnormed, dweight: &mut grads[token] };
-        let ce_sum =
-            head::cross_entropy(&forward.normed, &params[token], targets, n_embd, Some(gradients), &mut self.buffers);
+        let cross_entropy = head::cross_entropy(&forward.normed, &params[token], targets, n_embd, Some(gradients), &mut self.buffers);
         let mut dx = self.buffers.take_zeroed(forward.x.len()); // [n_token, n_embd]
         let (norm_scale, norm_shift) = (self.at(Part::OutputNormScale), self.at(Part::OutputNormShift));
         let [dscale, dshift] = grads.get_disjoint_mut([norm_scale, norm_shift]).expect("two tensors");
@@ -218,7 +216,7 @@ impl Model {
         embedding::backward(&dx, sequences.ids, sequences.n_col, dtoken, dposition, n_embd);
         self.buffers.give(dx);
         self.recycle(forward);
-        Losses { ce_sum, n_target: n_counting(targets), routings }
+        Losses { cross_entropy, routings }
     }
 
     /// Hidden states after the final norm; what the backward pass needs is kept iff `keep`, routings always.
@@ -263,9 +261,4 @@ impl Model {
         self.buffers.give(forward.x);
         self.buffers.give(forward.normed);
     }
-}
-
-/// Targets that count.
-pub fn n_counting(targets: &[i32]) -> usize {
-    targets.iter().filter(|&&t| t != head::IGNORED).count()
 }

@@ -1,0 +1,104 @@
+//! `metrics.jsonl`: one line a record, flushed as written; on resuming, what lies beyond the checkpoint is cut off.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+
+use param_model::atomic::write_file;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Error;
+
+/// File name within a run's folder.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+
+/// One optimizer step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepRecord {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Training loss: cross-entropy plus the weighted router losses.
+    pub loss: f64,
+    /// Cross-entropy, nats per target.
+    pub ce: f64,
+    /// Load-balancing loss, summed over blocks, unweighted.
+    pub aux: f64,
+    /// Router z loss, summed over blocks, unweighted.
+    pub z: f64,
+    /// Norm of the gradients before clipping.
+    pub grad_norm: f64,
+    /// Learning rate.
+    pub lr: f32,
+    /// Targets per second, over this step.
+    pub tokens_per_s: f64,
+    /// Targets trained on so far.
+    pub n_target: u64,
+    /// Passes over the training data so far.
+    pub epoch: f64,
+    /// Choices that found their expert full.
+    pub n_dropped: usize,
+    /// Share of the choices that each expert got, per MoE block.
+    pub expert_load: Vec<Vec<f64>>,
+}
+
+/// One evaluation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EvalRecord {
+    /// Steps done.
+    pub step: u64,
+    /// Mean cross-entropy, nats per target.
+    pub eval_loss: f64,
+    /// The same per byte of text, in bits.
+    pub bits_per_byte: f64,
+    /// Targets evaluated.
+    pub n_target: u64,
+    /// Seconds it took.
+    pub seconds: f64,
+}
+
+/// One sample of generated text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SampleRecord {
+    /// Steps done.
+    pub step: u64,
+    /// Prompt and continuation.
+    pub sample: String,
+}
+
+/// The file, open for appending.
+pub struct Metrics {
+    path: PathBuf,
+    file: File,
+}
+
+impl Metrics {
+    /// Opens the metrics of the run in `folder`, which has done `step` steps: later records are of a future that a resumed
+    /// run goes through again.
+    pub fn open(folder: &Path, step: u64) -> Result<Self, Error> {
+        let path = folder.join(METRICS_FILE);
+        let io = |source| Error::Io { path: path.clone(), source };
+        if path.exists() {
+            #[derive(Deserialize)]
+            struct Step {
+                step: u64,
+            }
+            let lines = BufReader::new(File::open(&path).map_err(io)?).lines();
+            // A line cut short by a kill is no record; nothing can follow it.
+            let past = lines.map_while(Result::ok).filter(|line| {
+                serde_json::from_str::<Step>(line).is_ok_and(|record| record.step <= step)
+            });
+            write_file(&path, |out| past.into_iter().try_for_each(|line| writeln!(out, "{line}"))).map_err(io)?;
+        } else {
+            fs::write(&path, "").map_err(io)?;
+        }
+        let file = OpenOptions::new().append(true).open(&path).map_err(io)?;
+        Ok(Self { path, file })
+    }
+
+    /// Appends one record.
+    pub fn write(&mut self, record: &impl Serialize) -> Result<(), Error> {
+        let mut line = serde_json::to_string(record).expect("records always serialise");
+        line.push('\n');
+        self.file.write_all(line.as_bytes()).map_err(|source| Error::Io { path: self.path.clone(), source })
+    }
+}

@@ -1,0 +1,129 @@
+//! Everything that decides how a run trains, besides the model and the data: saved with every checkpoint.
+
+use serde::{Deserialize, Serialize};
+
+use crate::cpu::Capacity;
+use crate::data::Layout;
+use crate::error::Error;
+use crate::optimizer::AdamW;
+use crate::schedule::Schedule;
+use param_model::Config;
+
+/// How many tokens an expert takes in training.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dropping {
+    /// All that chose it.
+    Never,
+    /// As many as the config's capacity factors give, as in the reference.
+    ByCapacity,
+}
+
+impl Dropping {
+    /// The capacity in force in training or in evaluation.
+    pub fn capacity(self, config: &Config, training: bool) -> Capacity {
+        let factor = if training { config.train_capacity } else { config.eval_capacity };
+        match self {
+            Dropping::Never => Capacity::Unlimited,
+            Dropping::ByCapacity => Capacity::Factor { factor, min: config.min_capacity },
+        }
+    }
+}
+
+/// Settings of a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Seed of initialisation, data order, dropout and noise.
+    pub seed: u64,
+    /// Rows of a batch.
+    pub batch_size: usize,
+    /// Batches whose gradients make one step.
+    pub accumulation: usize,
+    /// Tokens of a row.
+    pub context: usize,
+    /// How documents become rows.
+    #[serde(with = "layout")]
+    pub layout: Layout,
+    /// Learning rate by step; `schedule.total` is the length of the run.
+    pub schedule: Schedule,
+    /// Optimizer.
+    pub adamw: AdamW,
+    /// Largest gradient norm; larger ones are scaled down to it.
+    pub clip: f32,
+    /// What an overfull expert does.
+    pub dropping: Dropping,
+    /// Steps between evaluations; none but the last where 0.
+    pub eval_every: u64,
+    /// Most batches of an evaluation; all where 0.
+    pub eval_batches: usize,
+    /// Steps between checkpoints; none but the last where 0.
+    pub save_every: u64,
+    /// Checkpoints kept besides the best.
+    pub keep: usize,
+    /// Steps between samples of text; none where 0.
+    pub sample_every: u64,
+    /// Tokens of a sample.
+    pub sample_tokens: usize,
+    /// What samples continue.
+    pub sample_prompt: String,
+}
+
+impl Settings {
+    /// Checks the numbers against each other and the model.
+    pub fn check(&self, config: &Config) -> Result<(), Error> {
+        let fail = |flag: &'static str, problem: String| Err(Error::Setting { flag, problem });
+        let at_least_one = [
+            ("batch-size", self.batch_size as u64),
+            ("accumulate", self.accumulation as u64),
+            ("context", self.context as u64),
+            ("steps", self.schedule.total),
+            ("keep", self.keep as u64),
+        ];
+        for (flag, value) in at_least_one {
+            if value == 0 {
+                return fail(flag, "must be at least 1".to_owned());
+            }
+        }
+        if self.context > config.n_ctx {
+            let problem = format!("{} is more than the model's {} positions", self.context, config.n_ctx);
+            return fail("context", problem);
+        }
+        let positive = |x: f32| x > 0.0 && x.is_finite();
+        let unit = |x: f32| (0.0..=1.0).contains(&x);
+        let numbers = [
+            ("lr", positive(self.schedule.peak), self.schedule.peak, "a positive number"),
+            ("clip", positive(self.clip), self.clip, "a positive number"),
+            ("min-lr", unit(self.schedule.final_fraction), self.schedule.final_fraction, "a fraction of --lr, 0 to 1"),
+            ("decay-fraction", unit(self.schedule.decay_fraction), self.schedule.decay_fraction, "0 to 1"),
+            ("beta1", unit(self.adamw.beta1) && self.adamw.beta1 < 1.0, self.adamw.beta1, "0 up to, not including, 1"),
+            ("beta2", unit(self.adamw.beta2) && self.adamw.beta2 < 1.0, self.adamw.beta2, "0 up to, not including, 1"),
+            ("weight-decay", self.adamw.weight_decay >= 0.0, self.adamw.weight_decay, "zero or more"),
+        ];
+        for (flag, holds, value, expected) in numbers {
+            if !holds {
+                return fail(flag, format!("is {value}: expected {expected}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// [`Layout`] by name.
+mod layout {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use super::Layout;
+
+    const NAMES: [(Layout, &str); 2] = [(Layout::Packed, "packed"), (Layout::OneDocumentPerRow, "document")];
+
+    pub fn serialize<S: Serializer>(layout: &Layout, out: S) -> Result<S::Ok, S::Error> {
+        let (_, name) = NAMES.iter().find(|(l, _)| l == layout).expect("every layout has a name");
+        out.serialize_str(name)
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Layout, D::Error> {
+        let text = String::deserialize(from)?;
+        let found = NAMES.iter().find(|(_, name)| *name == text);
+        found.map(|(layout, _)| *layout).ok_or_else(|| D::Error::custom(format!("unknown layout `{text}`")))
+    }
+}
