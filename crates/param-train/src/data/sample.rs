@@ -1,0 +1,123 @@
+//! Text for making a tokenizer before there are tokens: a bounded sample for BPE, every character for character mode.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::DataError;
+use super::cut::last_cut;
+use super::read::{Block, LIMITS, OpenFile, Piece, Reader};
+use super::report::Skipped;
+use super::source::{Compression, SourceFile, join};
+
+/// Large uncompressed files are sampled at a place in each stretch of this many bytes, not only at their start.
+const STRETCH: u64 = 16 << 20;
+
+/// About `max_bytes` of the text of `sources`, or all of it if there is less, spread evenly over them by size on disk
+/// (within a compressed file only its start can be reached). The same files give the same sample. Bad lines, and
+/// files found that are not text, are passed over here and reported by [`prepare`](super::build::prepare).
+///
+/// # Errors
+/// [`DataError::NoText`] if nothing was found; [`DataError::Read`]; [`DataError::Binary`] and [`DataError::NotUtf8`] for a
+/// file named by itself.
+pub fn sample(sources: &[SourceFile], text_field: &str, max_bytes: usize) -> Result<Vec<String>, DataError> {
+    let stretches = sources.iter().flat_map(|source| {
+        let step = if source.compression == Compression::None { STRETCH } else { u64::MAX };
+        let n_stretch = source.size.div_ceil(step).max(1);
+        (0..n_stretch).map(move |i| (source, i * step, (source.size - i * step).min(step)))
+    });
+    let total: u64 = sources.iter().map(|s| s.size).sum();
+    let share = (max_bytes as f64 / total.max(1) as f64).min(1.0);
+    let (mut texts, mut skipped, mut taken, mut passed) = (Vec::new(), Skipped::default(), 0, 0);
+    for (source, offset, len) in stretches {
+        passed += len;
+        // What lies behind has earned this much; a file too small to earn anything by itself is taken now and then.
+        // Compressed text is larger than its file: with room for all of it, no file is cut short.
+        let earned = if share < 1.0 { (share * passed as f64) as usize } else { max_bytes };
+        let bound = if source.compression == Compression::None { len as usize } else { usize::MAX };
+        if let Some(wanted) = earned.checked_sub(taken).filter(|&wanted| wanted > 0) {
+            taken += take(source, text_field, offset, wanted.min(bound), &mut texts, &mut skipped)?;
+        }
+    }
+    if texts.is_empty() {
+        let paths: Vec<_> = sources.iter().map(|s| &s.path).collect();
+        return Err(DataError::NoText { inputs: join(&paths), skipped });
+    }
+    Ok(texts)
+}
+
+/// Adds up to about `wanted` bytes from `offset` of a file and returns how many.
+fn take(
+    source: &SourceFile,
+    text_field: &str,
+    offset: u64,
+    wanted: usize,
+    texts: &mut Vec<String>,
+    skipped: &mut Skipped,
+) -> Result<usize, DataError> {
+    let mut file = OpenFile::new(source, offset, Arc::default())?;
+    let mut taken = 0;
+    loop {
+        let (content, ends_file) = match file.next_block(LIMITS) {
+            Ok(block) => block,
+            Err(DataError::Binary { .. } | DataError::NotUtf8 { .. }) if !source.named => return Ok(taken),
+            Err(e) => return Err(e),
+        };
+        let block = Block { file: 0, content, ends_file };
+        for piece in block.pieces(text_field) {
+            match piece {
+                Piece::Text { text, .. } if text.trim().is_empty() => {}
+                Piece::Text { text, .. } => {
+                    let start = within(&text, wanted - taken);
+                    taken += start.len();
+                    texts.push(start.to_owned());
+                    if start.len() < text.len() {
+                        return Ok(taken);
+                    }
+                }
+                // Further on, lines have no known numbers.
+                Piece::BadLine { reason, line } if offset == 0 => {
+                    skipped.add(reason, 1, || format!("{}:{line}", source.path.display()));
+                }
+                Piece::BadLine { .. } => {}
+            }
+            if taken >= wanted {
+                return Ok(taken);
+            }
+        }
+        if ends_file {
+            return Ok(taken);
+        }
+    }
+}
+
+/// The start of `text`, of about `len` bytes and at least one character.
+fn within(text: &str, len: usize) -> &str {
+    if len >= text.len() {
+        return text;
+    }
+    let end = (len..text.len()).find(|&end| text.is_char_boundary(end)).unwrap_or(text.len());
+    let start = &text[..end];
+    &start[..last_cut(start).unwrap_or(start.len())]
+}
+
+/// Every character of `sources`, for [`Tokenizer::characters`](param_model::Tokenizer::characters).
+///
+/// # Errors
+/// As for [`sample`], but all of every file is looked at.
+pub fn alphabet(sources: &[SourceFile], text_field: &str) -> Result<BTreeSet<char>, DataError> {
+    let mut seen = vec![false; char::MAX as usize + 1]; // [0x110000]
+    let mut reader = Reader::new(sources);
+    for block in reader.by_ref() {
+        for piece in block?.pieces(text_field) {
+            if let Piece::Text { text, .. } = piece {
+                text.chars().for_each(|c| seen[c as usize] = true);
+            }
+        }
+    }
+    let alphabet: BTreeSet<char> = ('\0'..=char::MAX).filter(|&c| seen[c as usize]).collect();
+    if alphabet.is_empty() {
+        let paths: Vec<_> = sources.iter().map(|s| &s.path).collect();
+        return Err(DataError::NoText { inputs: join(&paths), skipped: reader.skipped });
+    }
+    Ok(alphabet)
+}
