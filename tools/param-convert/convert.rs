@@ -150,3 +150,185 @@ fn name_element(error: param_ggml::Error, entry: &Entry, rows: &Range<usize>) ->
         other => anyhow::Error::new(other).context(format!("tensor `{}`", entry.spec.checkpoint)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use gguf::Gguf;
+    use param_model::checkpoint::{WEIGHTS_FILE, write_weights};
+    use param_model::{Config, Part};
+
+    use super::*;
+    use crate::plan::known_types;
+
+    /// Rows of 256 and more, so that every type fits; two blocks, of which the first is a mixture.
+    fn config() -> Config {
+        let tiny = Config::preset("param-tiny").unwrap();
+        Config { n_vocab: 40, n_ctx: 8, n_embd: 256, n_head: 4, n_layer: 2, n_expert: 3, n_expert_used: 2, ..tiny }
+    }
+
+    /// Numbers that differ from place to place, about uniform within ±0.1.
+    fn weights(config: &Config) -> Vec<Vec<f32>> {
+        let mut state = 1u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 * 0.2 - 0.1
+        };
+        let table = param_model::tensors(config);
+        table.iter().map(|spec| (0..spec.n_elements()).map(|_| next()).collect()).collect()
+    }
+
+    fn source(folder: &Path, config: &Config, weights: &[Vec<f32>]) -> Source {
+        let path = folder.join(WEIGHTS_FILE);
+        let params: Vec<&[f32]> = weights.iter().map(Vec::as_slice).collect();
+        write_weights(&path, config, &params).unwrap();
+        Source { weights: path, config: config.clone(), tokenizer: None }
+    }
+
+    fn convert_to(source: &Source, quant: Option<GgmlType>, out: &Path) -> Result<Vec<Converted>> {
+        let plan = Plan::new(&source.config, quant, &[])?;
+        convert(source, &plan, &Metadata::new(), out, &AtomicBool::new(false))
+    }
+
+    fn index_of(config: &Config, part: Part) -> usize {
+        param_model::tensors(config).iter().position(|spec| spec.part == part).unwrap()
+    }
+
+    #[test]
+    fn f32_keeps_every_weight_and_turns_experts_output_major() {
+        let folder = tempfile::tempdir().unwrap();
+        let (config, out) = (config(), folder.path().join("m.gguf"));
+        let weights = weights(&config);
+        let converted = convert_to(&source(folder.path(), &config, &weights), Some(GgmlType::F32), &out).unwrap();
+        assert!(converted.iter().all(|sums| sums.error == 0.0 && sums.square > 0.0));
+        let model = Gguf::open(&out).unwrap();
+        for (spec, original) in param_model::tensors(&config).iter().zip(&weights) {
+            let Some(name) = &spec.gguf else { continue };
+            let mut stored = vec![0.0; spec.n_elements()];
+            param_ggml::dequantize(GgmlType::F32, model.tensor_data(name).unwrap(), &mut stored).unwrap();
+            let expected = match (spec.is_input_major(), &spec.shape[..]) {
+                (true, &[n_expert, n_in, n_out]) => {
+                    let at = |i: usize| original[(i / (n_in * n_out) * n_in + i % n_in) * n_out + i / n_in % n_out];
+                    (0..n_expert * n_in * n_out).map(at).collect()
+                }
+                _ => original.clone(),
+            };
+            assert!(stored == expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn every_type_reports_the_error_that_the_file_has() {
+        let folder = tempfile::tempdir().unwrap();
+        let (config, out) = (config(), folder.path().join("m.gguf"));
+        let source = source(folder.path(), &config, &weights(&config));
+        let mut errors = Vec::new();
+        for name in known_types().split(", ") {
+            let ty: GgmlType = name.parse().unwrap();
+            let plan = Plan::new(&config, Some(ty), &[]).unwrap();
+            let converted = convert_to(&source, Some(ty), &out).unwrap();
+            let (model, checkpoint) = (Gguf::open(&out).unwrap(), source.checkpoint().unwrap());
+            for (entry, sums) in plan.entries.iter().zip(converted) {
+                let mut stored = vec![0.0; entry.spec.n_elements()];
+                param_ggml::dequantize(entry.info.ty, model.tensor_data(&entry.info.name).unwrap(), &mut stored)
+                    .unwrap();
+                let tensor = checkpoint.get(&entry.spec).unwrap();
+                let n_row = stored.len() / entry.info.ne[0] as usize;
+                let original = if entry.spec.is_input_major() {
+                    let n_out = entry.info.ne[1] as usize;
+                    let expert = |first| transposed_rows(&tensor, &entry.spec, &(first..first + n_out));
+                    (0..n_row).step_by(n_out).flat_map(expert).collect()
+                } else {
+                    tensor.to_f32()
+                };
+                let error: f64 = stored.iter().zip(original).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+                assert!((error - sums.error).abs() <= 1e-4 * error, "{} {ty}: {error} {}", entry.info.name, sums.error);
+                if entry.spec.part == Part::ExpertUp {
+                    errors.push((ty, sums.error));
+                }
+            }
+        }
+        let error_of = |ty| errors.iter().find(|(of, _)| *of == ty).unwrap().1;
+        use GgmlType::*;
+        let better_first = [F32, F16, BF16, Q8_0, Q6_K, Q5_K, Q4_K, Q3_K, Q2_K];
+        assert!(better_first.is_sorted_by(|&a, &b| error_of(a) < error_of(b)), "{errors:?}");
+    }
+
+    #[test]
+    fn any_number_of_threads_writes_the_same_bytes() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config();
+        let source = source(folder.path(), &config, &weights(&config));
+        let bytes = |n_thread: usize| {
+            let out = folder.path().join(format!("{n_thread}.gguf"));
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(n_thread).build().unwrap();
+            pool.install(|| convert_to(&source, None, &out)).unwrap();
+            std::fs::read(out).unwrap()
+        };
+        assert!(bytes(1) == bytes(5));
+    }
+
+    #[test]
+    fn pieces_cover_every_row_once_and_stay_within_an_expert() {
+        for preset in Config::preset_names() {
+            for entry in Plan::new(&Config::preset(preset).unwrap(), None, &[]).unwrap().entries {
+                let mut next = 0;
+                for rows in pieces(&entry) {
+                    assert_eq!(rows.start, next);
+                    if entry.spec.is_input_major() {
+                        let n_out = entry.info.ne[1] as usize;
+                        assert_eq!(rows.start / n_out, (rows.end - 1) / n_out, "{}", entry.info.name);
+                    }
+                    next = rows.end;
+                }
+                assert_eq!(next as u64 * entry.info.ne[0], entry.info.n_elements(), "{}", entry.info.name);
+            }
+        }
+    }
+
+    #[test]
+    fn unusable_weights_are_named_with_their_place_in_the_checkpoint() {
+        let config = config();
+        let message = |part: Part, index: usize, value: f32| {
+            let folder = tempfile::tempdir().unwrap();
+            let mut weights = weights(&config);
+            weights[index_of(&config, part)][index] = value;
+            let source = source(folder.path(), &config, &weights);
+            let error = convert_to(&source, None, &folder.path().join("m.gguf")).unwrap_err();
+            assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "something was left behind");
+            format!("{error:#}")
+        };
+        let up = message(Part::ExpertUp, (2 * 256 + 17) * 1024 + 5, f32::NAN);
+        let tensor = "tensor `transformer_blocks.0.moe.experts.c_fc`";
+        assert!(up.ends_with(&format!("{tensor}: element [2, 17, 5] is NaN: the checkpoint is damaged")), "{up}");
+        let bias = message(Part::ExpertUpBias, 1024 + 3, f32::INFINITY);
+        assert!(bias.contains("moe.experts.fc_bias`: element [1, 0, 3] is inf"), "{bias}");
+        let embedding = message(Part::TokenEmbd, 39 * 256 + 255, 1e9);
+        assert!(embedding.contains("`token_emb.weight`: element [39, 255] is 1000000000, too large for Q8_0"));
+        assert!(embedding.contains("--tensor-type"), "{embedding}");
+    }
+
+    #[test]
+    fn a_failed_or_interrupted_conversion_leaves_the_older_file_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (config, out) = (config(), folder.path().join("m.gguf"));
+        let mut weights = weights(&config);
+        weights.last_mut().unwrap()[0] = f32::NAN;
+        let source = source(folder.path(), &config, &weights);
+        std::fs::write(&out, b"GGUF, finished").unwrap();
+        convert_to(&source, None, &out).unwrap_err();
+        let plan = Plan::new(&config, None, &[]).unwrap();
+        let error = convert(&source, &plan, &Metadata::new(), &out, &AtomicBool::new(true)).unwrap_err();
+        assert!(format!("{error:#}").ends_with("interrupted"), "{error:#}");
+        assert_eq!(std::fs::read(&out).unwrap(), b"GGUF, finished");
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn an_unwritable_folder_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = config();
+        let source = source(folder.path(), &config, &weights(&config));
+        let error = convert_to(&source, None, &folder.path().join("absent/m.gguf")).unwrap_err();
+        assert!(format!("{error:#}").contains("absent/m.gguf: "), "{error:#}");
+    }
+}

@@ -43,7 +43,7 @@ struct Args {
     #[arg(long, value_name = "TYPE", value_parser = plan::parse_type, help = format!("Type of the experts and of all other matrices: {}", plan::known_types()))]
     quant: Option<GgmlType>,
     /// Type of the tensors whose GGUF name matches, such as 'blk\.0\.ffn_.*_exps=q6_k'; of several, the last that
-    /// matches decides. Norms, routers, biases and positions take float types only
+    /// matches decides. Norms, routers, biases and positions take float types only and are passed over by others
     #[arg(long, value_name = "REGEX=TYPE")]
     tensor_type: Vec<Override>,
     /// Hyperparameters, if not in config.json beside the weights
@@ -153,5 +153,24 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn unknown_types_list_the_known_ones() {
+        let error = Args::try_parse_from(["param-convert", "in", "out", "--quant", "q4_x"]).err().unwrap();
+        assert!(error.to_string().contains("expected one of f32, f16, bf16, q8_0, q6_k"), "{error}");
+        assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn only_a_gguf_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("file");
+        assert!(check_output(folder.path()).unwrap_err().is::<Usage>());
+        check_output(&path).unwrap();
+        for (content, replaceable) in [(&b""[..], true), (b"GGUF\x03", true), (b"{\"a\": 1}", false), (b"GG", false)] {
+            std::fs::write(&path, content).unwrap();
+            assert_eq!(check_output(&path).is_ok(), replaceable, "{content:?}");
+        }
     }
 }

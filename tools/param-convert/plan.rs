@@ -47,6 +47,15 @@ pub struct Override {
     ty: GgmlType,
 }
 
+impl Override {
+    /// Whether the name matches. A quantized type passes over what is never quantized, so that `ffn_up_exps=q6_k` may
+    /// match the experts' biases too.
+    fn applies_to(&self, spec: &TensorSpec) -> bool {
+        let storable = spec.is_matrix() || self.ty.block_size() == 1;
+        storable && spec.gguf.as_ref().is_some_and(|name| self.regex.is_match(name))
+    }
+}
+
 impl FromStr for Override {
     type Err = String;
 
@@ -72,24 +81,24 @@ pub struct Plan {
 impl Plan {
     pub fn new(config: &Config, quant: Option<GgmlType>, overrides: &[Override]) -> Result<Plan> {
         let mut entries = Vec::new();
-        let mut unused: Vec<&Override> = overrides.iter().collect();
         for spec in param_model::tensors(config) {
             let Some(name) = spec.gguf.clone() else { continue };
-            unused.retain(|o| !o.regex.is_match(&name));
-            let chosen = overrides.iter().rfind(|o| o.regex.is_match(&name));
+            let chosen = overrides.iter().rfind(|o| o.applies_to(&spec));
             let wanted = chosen.map_or_else(|| by_role(&spec, quant), |o| o.ty);
-            if !spec.is_matrix() && wanted.block_size() > 1 {
-                let floats = "norms, routers, biases and positions take f32, f16 or bf16";
-                bail!(Usage(format!("--tensor-type gives `{name}` the type {wanted}: {floats}")));
-            }
             let ne: Vec<u64> = spec.gguf_shape().iter().rev().map(|&dim| dim as u64).collect();
             let ty = fitting(wanted, ne[0]);
             let info = TensorInfo::new(name, ne, ty)?;
             entries.push(Entry { spec, info, unfit: (ty != wanted).then_some(wanted) });
         }
-        if let Some(Override { regex, .. }) = unused.first() {
-            let names = "names are like `blk.0.ffn_up_exps.weight`";
-            bail!(Usage(format!("--tensor-type: no tensor's name matches `{regex}`; {names}")));
+        for o in overrides {
+            if !entries.iter().any(|entry: &Entry| o.applies_to(&entry.spec)) {
+                let found = if entries.iter().any(|entry| o.regex.is_match(&entry.info.name)) {
+                    "matches only norms, routers, biases or positions, which take f32, f16 or bf16"
+                } else {
+                    "matches no tensor; names are like `blk.0.ffn_up_exps.weight`"
+                };
+                bail!(Usage(format!("--tensor-type: `{}` {found}", o.regex)));
+            }
         }
         Ok(Plan { entries })
     }
@@ -194,14 +203,15 @@ mod tests {
         assert_eq!(ty(&plan, "blk.0.ffn_up_exps.weight"), GgmlType::Q6_K);
         assert_eq!(ty(&plan, "blk.0.ffn_down_exps.weight"), GgmlType::Q2_K);
         assert_eq!(ty(&plan, "blk.2.ffn_up_exps.weight"), GgmlType::Q2_K);
+        assert_eq!(ty(&plan, "blk.0.ffn_up_exps.bias"), GgmlType::F32);
         assert_eq!(ty(&plan, "blk.2.attn_norm.bias"), GgmlType::BF16);
     }
 
     #[test]
     fn overrides_that_match_nothing_or_vectors_say_so() {
         let message = |text| plan("param-0.5b", None, &[text]).err().unwrap().to_string();
-        assert!(message("ffn_gate_exps=q4_0").contains("no tensor's name matches `ffn_gate_exps`"));
-        assert!(message("ffn_norm=q8_0").contains("`blk.0.ffn_norm.weight` the type Q8_0"));
+        assert!(message("ffn_gate_exps=q4_0").contains("`ffn_gate_exps` matches no tensor"));
+        assert!(message("ffn_norm=q8_0").contains("`ffn_norm` matches only norms"));
         assert!(message("ffn_gate_inp=q8_0").contains("routers"));
     }
 
