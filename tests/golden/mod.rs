@@ -84,6 +84,7 @@ pub fn cases() -> Vec<Case> {
 /// Asserts that two arrays differ by at most `bound` anywhere.
 pub fn assert_close(what: &str, got: &[f32], want: &[f32], bound: f32) {
     assert_eq!(got.len(), want.len(), "{what}: length");
-    let worst = got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, |a: f32, b| if b > a || b.is_nan() { b } else { a });
+    let worst =
+        got.iter().zip(want).map(|(g, w)| (g - w).abs()).fold(0.0, |a: f32, b| if b > a || b.is_nan() { b } else { a });
     assert!(worst <= bound, "{what}: off by {worst}, allowed {bound}");
 }

@@ -8,7 +8,9 @@ use param_model::{Config, Tokenizer};
 
 use crate::checkpoint::{Restored, RunFolder, State};
 use crate::cpu::{GradientScale, Losses, Mode, Model, NoiseSource, Routing, Sequences};
-use crate::data::{Batch, Batches, DataError, Evaluation, Layout, Part, Vocabulary};
+use crate::data::DataError;
+use crate::data::batch::{Batch, Batches, Evaluation, Layout, Vocabulary};
+use crate::data::split::Part;
 use crate::error::Error;
 use crate::init::initialise;
 use crate::metrics::{EvalRecord, Metrics, SampleRecord, StepRecord};
@@ -169,8 +171,7 @@ impl Trainer {
         let settings = &state.settings;
         let n_batch = settings.accumulation as u64;
         let first = state.step * n_batch;
-        let step_batches =
-            (first..first + n_batch).map(|i| batches.batch_at(i)).collect::<Result<Vec<_>, _>>()?;
+        let step_batches = (first..first + n_batch).map(|i| batches.batch_at(i)).collect::<Result<Vec<_>, _>>()?;
         let n_target = step_batches.iter().map(Batch::n_target).sum::<usize>();
         let scale = GradientScale { n_target, n_batch: step_batches.len() };
         grads.iter_mut().for_each(|g| g.fill(0.0));

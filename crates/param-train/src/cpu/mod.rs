@@ -155,12 +155,13 @@ impl Model {
         self.index[&(part, None)]
     }
 
-    /// Loss over `targets` [n_row, n_col] ([`crate::data::IGNORED`] where none counts), without gradients.
+    /// Loss over `targets` [n_row, n_col] ([`crate::data::batch::IGNORED`] where none counts), without gradients.
     pub fn loss(&mut self, params: &[Vec<f32>], sequences: Sequences, targets: &[i32], mode: Mode) -> Losses {
         let mut forward = self.forward(params, sequences, mode, false);
         let routings = std::mem::take(&mut forward.blocks).into_iter().filter_map(Saved::into_routing).collect();
         let (token, n_embd) = (self.at(Part::TokenEmbd), self.config.n_embd);
-        let cross_entropy = head::cross_entropy(&forward.normed, &params[token], targets, n_embd, None, &mut self.buffers);
+        let cross_entropy =
+            head::cross_entropy(&forward.normed, &params[token], targets, n_embd, None, &mut self.buffers);
         self.recycle(forward);
         Losses { cross_entropy, routings }
     }
@@ -192,7 +193,8 @@ impl Model {
         let mut dnormed = self.buffers.take(forward.normed.len()); // [n_token, n_embd]
         let gradients =
             head::Gradients { scale: 1.0 / scale.n_target as f32, dx: &mut dnormed, dweight: &mut grads[token] };
-        let cross_entropy = head::cross_entropy(&forward.normed, &params[token], targets, n_embd, Some(gradients), &mut self.buffers);
+        let cross_entropy =
+            head::cross_entropy(&forward.normed, &params[token], targets, n_embd, Some(gradients), &mut self.buffers);
         let mut dx = self.buffers.take_zeroed(forward.x.len()); // [n_token, n_embd]
         let (norm_scale, norm_shift) = (self.at(Part::OutputNormScale), self.at(Part::OutputNormShift));
         let [dscale, dshift] = grads.get_disjoint_mut([norm_scale, norm_shift]).expect("two tensors");

@@ -1,0 +1,359 @@
+//! The flags of param-train, and what they make of a preset's and a run's settings.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, bail};
+use clap::{Args, Parser, ValueEnum};
+use param::cli::Usage;
+use param_model::Config;
+use param_train::data::batch::Layout;
+use param_train::optimizer::{AdamW, Decay};
+use param_train::schedule::{Curve, Schedule};
+use param_train::settings::{Dropping, Settings};
+
+/// Train a PARAM model on text: a tokenizer, then the model, in checkpoints that param-convert takes.
+///
+/// Checkpoints go to DIR/checkpoints, with links DIR/last and DIR/best; losses to DIR/metrics.jsonl; tokens to DIR/tokens.
+/// Ctrl-C saves and stops; --resume goes on where the newest checkpoint is, bit for bit.
+#[derive(Parser)]
+#[command(version)]
+pub struct Flags {
+    #[command(flatten)]
+    pub task: Task,
+    /// Folder of the run
+    #[arg(long, value_name = "DIR", required_unless_present = "eval")]
+    pub out: Option<PathBuf>,
+    #[command(flatten)]
+    pub data: Data,
+    #[command(flatten)]
+    pub model: Model,
+    #[command(flatten)]
+    pub training: Training,
+    /// Threads [default: all cores]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+    /// Steps between lines in a log (a terminal has a bar)
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
+    pub log_every: u64,
+}
+
+#[derive(Args)]
+pub struct Task {
+    /// Continue the run in --out with its own settings; flags given again change them from here on
+    #[arg(long)]
+    pub resume: bool,
+    /// Write a randomly initialised model and stop
+    #[arg(long, conflicts_with_all = ["resume", "eval"])]
+    pub init_only: bool,
+    /// Report the loss of --checkpoint on --data and stop
+    #[arg(long, requires = "checkpoint", conflicts_with = "resume")]
+    pub eval: bool,
+    /// Checkpoint to evaluate: a folder or a .safetensors file, config and tokenizer beside it
+    #[arg(long, value_name = "PATH", requires = "eval")]
+    pub checkpoint: Option<PathBuf>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Data")]
+pub struct Data {
+    /// Text: files, folders (searched through) and globs of .txt, .md, source code or .jsonl, also .gz and .zst
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub data: Vec<PathBuf>,
+    /// Text to validate on [default: a part held out of --data]
+    #[arg(long, value_name = "PATH", num_args = 1..)]
+    pub eval_data: Vec<PathBuf>,
+    /// Part of the documents held out (of a single document: its end) [default: 0.05]
+    #[arg(long, value_name = "FRACTION", conflicts_with = "eval_data")]
+    pub holdout: Option<f64>,
+    /// Endings of the files to take from folders, such as rs,md [default: all text]
+    #[arg(long, value_name = "EXT", value_delimiter = ',')]
+    pub ext: Vec<String>,
+    /// Field of a JSON line that holds the text [default: text]
+    #[arg(long, value_name = "NAME")]
+    pub text_field: Option<String>,
+    /// A tokenizer.json (byte-level BPE) to use [default: one is trained on --data]
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: Option<PathBuf>,
+    /// Size of the tokenizer to train [default: the model's vocab_size]
+    #[arg(long, value_name = "N", conflicts_with_all = ["tokenizer", "chars"])]
+    pub vocab_size: Option<usize>,
+    /// One token per character
+    #[arg(long, conflicts_with = "tokenizer")]
+    pub chars: bool,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Model")]
+pub struct Model {
+    /// Size of the model
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(Config::preset_names()))]
+    pub preset: Option<String>,
+    /// Hyperparameters from a config.json or a preset's .toml instead
+    #[arg(long, value_name = "FILE", conflicts_with = "preset")]
+    pub config: Option<PathBuf>,
+    /// One hyperparameter by its key in config.json, such as num_layers=4
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Tokens of a row, and positions of the model
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Dropout probability
+    #[arg(long, value_name = "P")]
+    pub dropout: Option<f32>,
+}
+
+#[derive(Args)]
+#[command(next_help_heading = "Training")]
+pub struct Training {
+    /// Optimizer steps [default: 2000]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u64>,
+    /// Passes over the training data instead of steps
+    #[arg(long, value_name = "X", conflicts_with = "steps")]
+    pub epochs: Option<f64>,
+    /// Rows per batch [default: 16]
+    #[arg(long, value_name = "B")]
+    pub batch_size: Option<usize>,
+    /// Batches per step [default: 1]
+    #[arg(long, value_name = "N")]
+    pub accumulate: Option<usize>,
+    /// Highest learning rate [default: 1e-3 up to width 256, 6e-4 up to 512, else 3e-4]
+    #[arg(long)]
+    pub lr: Option<f32>,
+    /// Last learning rate as a fraction of --lr [default: 0.1]
+    #[arg(long, value_name = "FRACTION")]
+    pub min_lr: Option<f32>,
+    /// Steps over which the learning rate rises [default: a twentieth of all, at most 2000]
+    #[arg(long, value_name = "N")]
+    pub warmup: Option<u64>,
+    /// How the learning rate falls [default: cosine]
+    #[arg(long)]
+    pub schedule: Option<ScheduleName>,
+    /// Part of the run over which wsd decays [default: 0.2]
+    #[arg(long, value_name = "FRACTION")]
+    pub decay_fraction: Option<f32>,
+    /// AdamW's decay of the first moment [default: 0.9]
+    #[arg(long)]
+    pub beta1: Option<f32>,
+    /// AdamW's decay of the second moment [default: 0.95]
+    #[arg(long)]
+    pub beta2: Option<f32>,
+    /// Decoupled weight decay of matrices and embeddings [default: 0.1]
+    #[arg(long)]
+    pub weight_decay: Option<f32>,
+    /// Decay norms and biases as well, as the reference does
+    #[arg(long)]
+    pub decay_all: bool,
+    /// Largest gradient norm [default: 1]
+    #[arg(long)]
+    pub clip: Option<f32>,
+    /// Drop what exceeds an expert's capacity (the config's factors), as the reference does
+    #[arg(long)]
+    pub capacity: bool,
+    /// How documents become rows [default: packed]
+    #[arg(long)]
+    pub layout: Option<LayoutName>,
+    /// Seed of everything random [default: 42]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Steps between evaluations [default: a tenth of all]
+    #[arg(long, value_name = "N")]
+    pub eval_every: Option<u64>,
+    /// Most batches of an evaluation, 0 for all [default: 0]
+    #[arg(long, value_name = "N")]
+    pub eval_batches: Option<usize>,
+    /// Steps between checkpoints, besides those of the best evaluations [default: a tenth of all]
+    #[arg(long, value_name = "N")]
+    pub save_every: Option<u64>,
+    /// Checkpoints to keep, besides the best [default: 2]
+    #[arg(long, value_name = "N")]
+    pub keep: Option<usize>,
+    /// Steps between samples of text, 0 for none [default: a tenth of all]
+    #[arg(long, value_name = "N")]
+    pub sample_every: Option<u64>,
+    /// Tokens of a sample [default: 64]
+    #[arg(long, value_name = "N")]
+    pub sample_tokens: Option<usize>,
+    /// Text for samples to continue [default: none]
+    #[arg(long, value_name = "TEXT")]
+    pub sample_prompt: Option<String>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ScheduleName {
+    Cosine,
+    Linear,
+    Constant,
+    /// Constant, then a line down (warmup-stable-decay)
+    Wsd,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum LayoutName {
+    /// Documents one after the other with end-of-text between, no padding
+    Packed,
+    /// One document a row, cut off or padded, as in the reference
+    Document,
+}
+
+impl Model {
+    /// The hyperparameters that the flags name, before the tokenizer sets the vocabulary's size.
+    pub fn config(&self) -> Result<Config> {
+        let base = match (&self.preset, &self.config) {
+            (_, Some(path)) => Config::from_file(path)?,
+            (Some(name), None) => Config::preset(name)?,
+            (None, None) => bail!(Usage("--preset NAME or --config FILE is needed to know the model's size".into())),
+        };
+        let mut json: serde_json::Value = serde_json::from_str(&base.to_json())?;
+        let mut set = |key: &str, value: serde_json::Value| {
+            // A key is known if the config writes it, or if it reads it although it has its default.
+            let mut changed = json.clone();
+            changed[key] = value;
+            let origin = "--set";
+            let config = Config::from_json(&changed.to_string(), origin).map_err(|e| Usage(e.to_string()))?;
+            let written: serde_json::Value = serde_json::from_str(&config.to_json())?;
+            if json.get(key).is_none() && written.get(key).is_none() {
+                bail!(Usage(format!("--set {key}: no such key in config.json, or its default")));
+            }
+            json = changed;
+            Ok(config)
+        };
+        let mut config = base;
+        for assignment in &self.set {
+            let Some((key, value)) = assignment.split_once('=') else {
+                bail!(Usage(format!("--set {assignment}: expected KEY=VALUE, such as num_layers=4")));
+            };
+            let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+            config = set(key, value)?;
+        }
+        config.n_ctx = self.context.unwrap_or(config.n_ctx);
+        config.dropout = self.dropout.unwrap_or(config.dropout);
+        config.checked("the command line").map_err(|e| Usage(e.to_string()).into())
+    }
+
+    /// Whether any flag describes a model.
+    pub fn is_given(&self) -> bool {
+        self.preset.is_some()
+            || self.config.is_some()
+            || !self.set.is_empty()
+            || self.context.is_some()
+            || self.dropout.is_some()
+    }
+}
+
+impl Training {
+    /// Steps that the flags ask for, given the batches in some number of epochs.
+    pub fn steps(&self, batches_in: impl Fn(f64) -> u64, accumulation: usize) -> Result<Option<u64>> {
+        match self.epochs {
+            Some(epochs) if !(epochs > 0.0 && epochs.is_finite()) => {
+                bail!(Usage(format!("--epochs {epochs}: expected a positive number")))
+            }
+            Some(epochs) => Ok(Some(batches_in(epochs).div_ceil(accumulation.max(1) as u64))),
+            None => Ok(self.steps),
+        }
+    }
+
+    /// Settings of a new run of `steps` steps for `config`.
+    pub fn defaults(config: &Config, steps: u64) -> Settings {
+        let tenth = steps.div_ceil(10).max(1);
+        Settings {
+            seed: 42,
+            batch_size: 16,
+            accumulation: 1,
+            context: config.n_ctx,
+            layout: Layout::Packed,
+            schedule: Schedule {
+                peak: match config.n_embd {
+                    0..=256 => 1e-3,
+                    257..=512 => 6e-4,
+                    _ => 3e-4,
+                },
+                warmup: (steps / 20).min(2000),
+                total: steps,
+                curve: Curve::Cosine,
+                final_fraction: 0.1,
+                decay_fraction: 0.2,
+            },
+            adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decay: Decay::Matrices },
+            clip: 1.0,
+            dropping: Dropping::Never,
+            eval_every: tenth,
+            eval_batches: 0,
+            save_every: tenth,
+            keep: 2,
+            sample_every: tenth,
+            sample_tokens: 64,
+            sample_prompt: String::new(),
+        }
+    }
+
+    /// `settings` with what the flags say instead.
+    pub fn apply(&self, mut settings: Settings) -> Settings {
+        let s = &mut settings;
+        set(&mut s.seed, self.seed);
+        set(&mut s.batch_size, self.batch_size);
+        set(&mut s.accumulation, self.accumulate);
+        set(&mut s.schedule.peak, self.lr);
+        set(&mut s.schedule.final_fraction, self.min_lr);
+        set(&mut s.schedule.warmup, self.warmup);
+        set(&mut s.schedule.decay_fraction, self.decay_fraction);
+        set(&mut s.adamw.beta1, self.beta1);
+        set(&mut s.adamw.beta2, self.beta2);
+        set(&mut s.adamw.weight_decay, self.weight_decay);
+        set(&mut s.clip, self.clip);
+        set(&mut s.eval_every, self.eval_every);
+        set(&mut s.eval_batches, self.eval_batches);
+        set(&mut s.save_every, self.save_every);
+        set(&mut s.keep, self.keep);
+        set(&mut s.sample_every, self.sample_every);
+        set(&mut s.sample_tokens, self.sample_tokens);
+        set(&mut s.sample_prompt, self.sample_prompt.clone());
+        set(&mut s.adamw.decay, self.decay_all.then_some(Decay::All));
+        set(&mut s.dropping, self.capacity.then_some(Dropping::ByCapacity));
+        let curve = self.schedule.map(|name| match name {
+            ScheduleName::Cosine => Curve::Cosine,
+            ScheduleName::Linear => Curve::Linear,
+            ScheduleName::Constant => Curve::Constant,
+            ScheduleName::Wsd => Curve::Wsd,
+        });
+        set(&mut s.schedule.curve, curve);
+        let layout = self.layout.map(|name| match name {
+            LayoutName::Packed => Layout::Packed,
+            LayoutName::Document => Layout::OneDocumentPerRow,
+        });
+        set(&mut s.layout, layout);
+        settings
+    }
+}
+
+fn set<T>(setting: &mut T, given: Option<T>) {
+    if let Some(value) = given {
+        *setting = value;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Flags::command().debug_assert();
+    }
+
+    #[test]
+    fn set_changes_a_key_and_refuses_strangers() {
+        let model = |set: &[&str]| {
+            let flags = ["param-train", "--preset", "param-tiny", "--out", "x"].into_iter();
+            Flags::parse_from(flags.chain(set.iter().flat_map(|s| ["--set", s]))).model.config()
+        };
+        let config = model(&["num_layers=2", "moe_phase=1", "expert_activation=gelu_tanh"]).unwrap();
+        assert_eq!((config.n_layer, config.moe_phase), (2, 1));
+        for (bad, word) in [("n_layer=2", "no such key"), ("num_layers", "KEY=VALUE"), ("num_heads=5", "num_heads")] {
+            let error = model(&[bad]).unwrap_err();
+            assert!(error.is::<Usage>() && error.to_string().contains(word), "{error}");
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! param-train: text becomes a trained PARAM checkpoint.
+#![forbid(unsafe_code)]
+
+mod args;
+mod corpus;
+mod report;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, bail};
+use clap::Parser;
+use indicatif::HumanCount;
+use param::cli::{self, Usage};
+use param_model::checkpoint::{BEST_LINK, LAST_LINK, TOKENIZER_FILE, WEIGHTS_FILE};
+use param_model::{Checkpoint, Config, Tokenizer};
+use param_train::checkpoint::{RunFolder, read_model, write_model};
+use param_train::cpu::Model;
+use param_train::data::batch::{Batches, Vocabulary};
+use param_train::init::initialise;
+use param_train::settings::{Dropping, Settings};
+use param_train::trainer::{Corpus, Outcome, Trainer, evaluate_part};
+
+use args::{Flags, Training};
+use corpus::DataChoice;
+use report::Report;
+
+fn main() -> ExitCode {
+    let flags = Flags::parse();
+    cli::exit_code(run(&flags))
+}
+
+fn run(flags: &Flags) -> Result<ExitCode> {
+    let threads = flags.threads.map_or(0, usize::from); // 0 is rayon's word for all cores
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
+    let stop = cli::interrupt_flag()?;
+    let out = flags.out.as_deref();
+    match (flags.task.checkpoint.as_deref(), out) {
+        (Some(checkpoint), _) => evaluate(flags, checkpoint, &stop),
+        (None, Some(out)) if flags.task.init_only => initialise_only(flags, out),
+        (None, Some(out)) => train(flags, out, &stop),
+        (None, None) => bail!(Usage("--out DIR is needed".into())),
+    }
+}
+
+fn initialise_only(flags: &Flags, out: &Path) -> Result<ExitCode> {
+    let mut config = flags.model.config()?;
+    let tokenizer = flags.data.tokenizer.as_deref().map(Tokenizer::from_file).transpose()?;
+    if let Some(tokenizer) = &tokenizer {
+        config.n_vocab = tokenizer.n_vocab();
+    }
+    let seed = flags.training.apply(Training::defaults(&config, 1)).seed;
+    std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+    write_model(out, &config, tokenizer.as_ref(), &initialise(&config, seed))?;
+    println!("{}: {}", out.join(WEIGHTS_FILE).display(), describe(&config));
+    Ok(ExitCode::SUCCESS)
+}
+
+fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitCode> {
+    let (config, params) = read_model(checkpoint)?;
+    let tokenizer = match &flags.data.tokenizer {
+        Some(path) => Tokenizer::from_file(path)?,
+        None => Tokenizer::from_file(&Checkpoint::open(checkpoint)?.folder().join(TOKENIZER_FILE))?,
+    };
+    tokenizer.check_fits(config.n_vocab)?;
+    let choice = DataChoice::from_flags(&flags.data, 0)?;
+    let cache = tempfile::tempdir().context("a temporary folder for tokens")?;
+    let part = choice.everything(cache.path(), &tokenizer, stop)?;
+    let context = flags.model.context.unwrap_or(config.n_ctx);
+    if context > config.n_ctx {
+        bail!(Usage(format!("--context {context} is more than the model's {} positions", config.n_ctx)));
+    }
+    let rows = (context, flags.training.batch_size.unwrap_or(16));
+    let dropping = if flags.training.capacity { Dropping::ByCapacity } else { Dropping::Never };
+    let mut model = Model::new(&config);
+    let Some(record) = evaluate_part(&mut model, &params, &tokenizer, part, rows, dropping, stop)? else {
+        return Ok(ExitCode::from(cli::INTERRUPTED));
+    };
+    println!(
+        "loss {:.6} nats/token, {:.6} bits/byte over {} tokens",
+        record.eval_loss,
+        record.bits_per_byte,
+        HumanCount(record.n_target)
+    );
+    Ok(ExitCode::SUCCESS)
+}
+
+fn train(flags: &Flags, out: &Path, stop: &AtomicBool) -> Result<ExitCode> {
+    let folder = RunFolder::new(out)?;
+    let mut trainer = if flags.task.resume { resume(flags, folder, stop)? } else { start(flags, folder, stop)? };
+    let state = trainer.state();
+    let mut report = Report::new(state.settings.schedule.total, state.step, state.n_target, flags.log_every);
+    let outcome = trainer.run(stop, &mut |event| report.show(event));
+    report.finish();
+    let outcome = outcome?;
+
+    let state = trainer.state();
+    let seconds = state.seconds.max(1e-9);
+    let rate = HumanCount((state.n_target as f64 / seconds) as u64);
+    println!("{} steps, {} tokens, {seconds:.1} s of training, {rate} tok/s", state.step, HumanCount(state.n_target));
+    if let Some((loss, step)) = state.best {
+        println!("best validation loss {loss:.4} at step {step}: {}", out.join(BEST_LINK).display());
+    }
+    if outcome == Outcome::Stopped {
+        println!("stopped; go on with: param-train --out {} --resume", out.display());
+        return Ok(ExitCode::from(cli::INTERRUPTED));
+    }
+    let best = if state.best.is_some() { BEST_LINK } else { LAST_LINK };
+    println!("next: param-convert {} param.gguf", out.join(best).join(WEIGHTS_FILE).display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer> {
+    folder.check_unused()?;
+    let mut config = flags.model.config()?;
+    let seed = flags.training.apply(Training::defaults(&config, 1)).seed;
+    let choice = DataChoice::from_flags(&flags.data, seed)?;
+    let tokenizer = choice.tokenizer(&flags.data, &config)?;
+    config.n_vocab = tokenizer.n_vocab();
+    let corpus = choice.corpus(&tokens_folder(&folder), tokenizer, stop)?;
+    // Whether steps come from epochs depends on the batch, whose size does not depend on the steps.
+    let batch = flags.training.apply(Training::defaults(&config, 1));
+    let steps = steps(&flags.training, &corpus, &batch)?.unwrap_or(2000);
+    let settings = flags.training.apply(Training::defaults(&config, steps));
+    choice.save(folder.path())?;
+    eprintln!("{}, on {} threads", describe(&config), rayon::current_num_threads());
+    Ok(Trainer::new(folder, &config, settings, corpus)?)
+}
+
+fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer> {
+    if flags.model.is_given() || flags.data.tokenizer.is_some() || flags.data.chars {
+        bail!(Usage(
+            "--resume continues the run's own model and tokenizer: leave out the flags that describe them".into()
+        ));
+    }
+    let restored = folder.restore()?;
+    let last = folder.last().context("restored from it")?;
+    let tokenizer = Tokenizer::from_file(&last.join(TOKENIZER_FILE))?;
+    let settings = flags.training.apply(restored.state.settings.clone());
+    let choice = if flags.data.data.is_empty() {
+        DataChoice::load(folder.path())?
+    } else {
+        DataChoice::from_flags(&flags.data, settings.seed)?
+    };
+    let corpus = choice.corpus(&tokens_folder(&folder), tokenizer, stop)?;
+    let total = steps(&flags.training, &corpus, &settings)?.unwrap_or(settings.schedule.total);
+    let schedule = param_train::schedule::Schedule { total, ..settings.schedule };
+    eprintln!("{}, resumed at step {} of {total}", describe(&restored.config), restored.state.step);
+    Ok(Trainer::resume(folder, restored, Settings { schedule, ..settings }, corpus)?)
+}
+
+/// Steps that the flags ask for, if they do.
+fn steps(flags: &Training, corpus: &Corpus, settings: &Settings) -> Result<Option<u64>> {
+    let vocabulary = Vocabulary::of(&corpus.tokenizer);
+    let Settings { layout, context, batch_size, seed, .. } = *settings;
+    let batches = Batches::new(corpus.train.clone(), &vocabulary, layout, context, batch_size.max(1), seed)?;
+    flags.steps(|epochs| batches.batches_in(epochs), settings.accumulation)
+}
+
+fn tokens_folder(folder: &RunFolder) -> std::path::PathBuf {
+    folder.path().join("tokens")
+}
+
+fn describe(config: &Config) -> String {
+    let n_params = param_model::tensors(config).iter().map(|t| t.n_elements()).sum::<usize>();
+    let experts = match config.n_moe() {
+        0 => "dense".to_owned(),
+        n => format!("{n} of them with {} experts, top-{}", config.n_expert, config.n_expert_used),
+    };
+    let (n_layer, n_embd, n_ctx) = (config.n_layer, config.n_embd, config.n_ctx);
+    let vocab = HumanCount(config.n_vocab as u64);
+    format!(
+        "{} parameters: {n_layer} blocks ({experts}), width {n_embd}, context {n_ctx}, vocabulary {vocab}",
+        HumanCount(n_params as u64)
+    )
+}

@@ -1,0 +1,85 @@
+//! A run as people see it: a bar on a terminal, lines in a log.
+
+use std::io::{IsTerminal, stderr};
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanCount, HumanDuration, ProgressBar};
+use param::cli;
+use param_train::metrics::StepRecord;
+use param_train::trainer::Event;
+
+/// Prints events as they come.
+pub struct Report {
+    bar: ProgressBar,
+    is_terminal: bool,
+    total: u64,
+    log_every: u64,
+    /// Start of the stretch that the next line averages over, its first step and targets.
+    since: (Instant, u64, u64),
+}
+
+impl Report {
+    /// For a run that has done `step` of `total` steps and trained on `n_target` targets.
+    pub fn new(total: u64, step: u64, n_target: u64, log_every: u64) -> Self {
+        let bar = cli::bar(total).with_position(step);
+        bar.reset_eta();
+        Self { bar, is_terminal: stderr().is_terminal(), total, log_every, since: (Instant::now(), step, n_target) }
+    }
+
+    /// Shows one event.
+    pub fn show(&mut self, event: Event) {
+        match event {
+            Event::Step(record) => self.step(record),
+            Event::Evaluated(record) => self.line(&format!(
+                "step {:>6}  validation loss {:.4} nats/token, {:.4} bits/byte ({} tokens in {:.1} s)",
+                record.step,
+                record.eval_loss,
+                record.bits_per_byte,
+                HumanCount(record.n_target),
+                record.seconds
+            )),
+            Event::Sampled(record) => {
+                let indented = record.sample.trim_end().replace('\n', "\n    | ");
+                self.line(&format!("step {:>6}  sample:\n    | {indented}", record.step));
+            }
+            Event::Saved(path) => self.line(&format!("saved {}", path.display())),
+        }
+    }
+
+    fn step(&mut self, record: &StepRecord) {
+        let (since, first_step, first_target) = self.since;
+        let due = record.step.is_multiple_of(self.log_every) || record.step == self.total;
+        if !due && !self.is_terminal {
+            return;
+        }
+        let seconds = since.elapsed().as_secs_f64();
+        let rate = (record.n_target - first_target) as f64 / seconds;
+        let what = format!(
+            "loss {:.4}  grad {:.2}  lr {:.2e}  {} tok/s",
+            record.loss,
+            record.grad_norm,
+            record.lr,
+            HumanCount(rate as u64)
+        );
+        if self.is_terminal {
+            self.bar.set_position(record.step);
+            self.bar.set_message(format!("step {}/{}  {what}", record.step, self.total));
+        } else {
+            let per_step = seconds / (record.step - first_step) as f64;
+            let left = Duration::from_secs_f64(per_step * (self.total - record.step) as f64);
+            eprintln!("step {:>6}/{}  {what}  {} left", record.step, self.total, HumanDuration(left));
+        }
+        if due {
+            self.since = (Instant::now(), record.step, record.n_target);
+        }
+    }
+
+    fn line(&mut self, text: &str) {
+        self.bar.suspend(|| eprintln!("{text}"));
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
