@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# From nothing to generated text: installs what is missing, builds, trains a model of a million parameters for about a minute,
+# quantizes it and lets it write. tools/quickstart.sh FILE... trains on your own text.
+set -euo pipefail
+root="$(cd "$(dirname "$0")/.." && pwd)"
+out="${PARAM_QUICKSTART_OUT:-$root/runs/quickstart}"
+steps="${PARAM_QUICKSTART_STEPS:-400}"
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "1/5 checking for a C compiler, libclang and Rust"
+"$root/tools/setup.sh"
+export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+
+say "2/5 building (a few minutes the first time)"
+cargo build --release --manifest-path "$root/Cargo.toml"
+bin="${CARGO_TARGET_DIR:-$root/target}/release"
+
+if [ $# -gt 0 ]; then
+    data=("$@")
+    prompt=""
+else
+    # Real text that the build has just downloaded: sources and documentation of some of the libraries we use.
+    registry="${CARGO_HOME:-$HOME/.cargo}/registry/src"
+    data=("$registry"/*/{anyhow,clap,clap_builder,rayon,rayon-core,regex,regex-automata,serde,serde_json,tempfile}-[0-9]*)
+    prompt="    pub fn "
+fi
+
+say "3/5 training param-tiny for $steps steps, about a minute, on ${#data[@]} files or folders"
+rm -rf "$out"
+"$bin/param-train" --data "${data[@]}" --ext rs,md,txt,jsonl --out "$out" --preset param-tiny \
+    --steps "$steps" --eval-batches 20 --sample-prompt "$prompt" --log-every 50
+
+say "4/5 quantizing"
+"$bin/param-convert" "$out/best/model.safetensors" "$out/param.gguf"
+
+say "5/5 generating from $out/param.gguf"
+"$bin/param-run" -m "$out/param.gguf" -p "$prompt" -n 120 --temp 0.8 --seed 1
+
+say "done; try: $bin/param-run -m $out/param.gguf -p 'your prompt'"
