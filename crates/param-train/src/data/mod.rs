@@ -1,25 +1,31 @@
 //! Training data: from files on disk to batches of tokens.
 //!
-//! [`find`](source::find) lists the files, [`prepare`](build::prepare) tokenizes them once into a memory-mapped
-//! [`Shard`](shard::Shard), [`split`](split::split) holds a part out, [`Batches`](batch::Batches) cuts the rest into
-//! rows to train on and [`Evaluation`](batch::Evaluation) the held-out part. Text is read in blocks and tokens stay in
-//! their file: what is held in memory does not grow with the corpus, but for a few bytes per hundred documents and
-//! the list of files.
+//! [`find`] lists the files, [`prepare`] tokenizes them once into a memory-mapped [`Shard`], [`split`] holds a part
+//! out, [`Batches`] cuts the rest into rows to train on and [`Evaluation`] the held-out part. Text is read in blocks
+//! and tokens stay in their file: what is held in memory does not grow with the corpus, but for a few bytes per
+//! hundred documents and the list of files.
 
-pub mod batch;
-pub mod build;
+mod batch;
+mod build;
 mod cut;
 mod encode;
 mod error;
 mod jsonl;
 mod permute;
 mod read;
-pub mod report;
-pub mod sample;
-pub mod shard;
-pub mod source;
-pub mod split;
+mod report;
+mod sample;
+mod shard;
+mod source;
+mod split;
 #[cfg(test)]
 mod tests;
 
+pub use batch::{Batch, Batches, Evaluation, IGNORED, Layout, Vocabulary};
+pub use build::{Progress, Reuse, Why, prepare};
 pub use error::DataError;
+pub use report::{Reason, Skipped, Tally};
+pub use sample::{alphabet, sample};
+pub use shard::{Index, Recipe, Shard};
+pub use source::{Compression, Format, SourceFile, find};
+pub use split::{Part, split};

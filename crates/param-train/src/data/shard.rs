@@ -77,7 +77,7 @@ impl Index {
     }
 }
 
-/// An open shard. It must not be changed while it is open; [`prepare`](super::build::prepare) never changes one.
+/// An open shard. It must not be changed while it is open; [`prepare`](super::prepare) never changes one.
 #[derive(Debug)]
 pub struct Shard {
     folder: PathBuf,

@@ -94,7 +94,7 @@ pub(super) fn partition_point(n: usize, holds: impl Fn(usize) -> bool) -> usize 
 ///
 /// # Errors
 /// [`DataError::Fraction`] unless `0 < fraction < 1`. Parts too short for a row are refused by
-/// [`Batches`](super::batch::Batches).
+/// [`Batches`](super::Batches).
 pub fn split(shard: Arc<Shard>, fraction: f64, seed: u64) -> Result<(Part, Part), DataError> {
     if !(fraction > 0.0 && fraction < 1.0) {
         return Err(DataError::Fraction { fraction });

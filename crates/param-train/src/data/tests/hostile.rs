@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 
 use super::*;
-use crate::data::sample::sample;
+use crate::data::sample;
 
 fn error(corpus: &Corpus, names: &[&str]) -> String {
     let error = corpus.prepare(names, bpe()).unwrap_err().to_string();
