@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use param_model::{Checkpoint, Part};
 use param_train::cpu::{Capacity, GradientScale, Losses, Mode, Model, NoiseSource, Sequences};
-use param_train::data::batch::IGNORED;
+use param_train::data::IGNORED;
 use param_train::optimizer::{AdamW, Decay, Moments, clip_factor, global_norm};
 use serde_json::Value;
 

@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Parser, ValueEnum};
 use param::cli::Usage;
 use param_model::Config;
-use param_train::data::batch::Layout;
+use param_train::data::Layout;
 use param_train::optimizer::{AdamW, Decay};
 use param_train::schedule::{Curve, Schedule};
 use param_train::settings::{Dropping, Settings};

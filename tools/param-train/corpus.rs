@@ -9,11 +9,7 @@ use indicatif::HumanCount;
 use param::cli::{self, Usage};
 use param_model::atomic::write_file;
 use param_model::{Config, Tokenizer};
-use param_train::data::build::{Progress, Reuse, Why, prepare};
-use param_train::data::sample::{alphabet, sample};
-use param_train::data::shard::Shard;
-use param_train::data::source::{SourceFile, find};
-use param_train::data::split::{Part, split};
+use param_train::data::{Part, Progress, Reuse, Shard, SourceFile, Why, alphabet, find, prepare, sample, split};
 use param_train::trainer::Corpus;
 use serde::{Deserialize, Serialize};
 

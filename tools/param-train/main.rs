@@ -17,7 +17,7 @@ use param_model::checkpoint::{BEST_LINK, LAST_LINK, TOKENIZER_FILE, WEIGHTS_FILE
 use param_model::{Checkpoint, Config, Tokenizer};
 use param_train::checkpoint::{RunFolder, read_model, write_model};
 use param_train::cpu::Model;
-use param_train::data::batch::{Batches, Vocabulary};
+use param_train::data::{Batches, Vocabulary};
 use param_train::init::initialise;
 use param_train::settings::{Dropping, Settings};
 use param_train::trainer::{Corpus, Outcome, Trainer, evaluate_part};
@@ -89,8 +89,7 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
 fn train(flags: &Flags, out: &Path, stop: &AtomicBool) -> Result<ExitCode> {
     let folder = RunFolder::new(out)?;
     let mut trainer = if flags.task.resume { resume(flags, folder, stop)? } else { start(flags, folder, stop)? };
-    let state = trainer.state();
-    let mut report = Report::new(state.settings.schedule.total, state.step, state.n_target, flags.log_every);
+    let mut report = Report::new(trainer.state(), flags.log_every);
     let outcome = trainer.run(stop, &mut |event| report.show(event));
     report.finish();
     let outcome = outcome?;

@@ -1,10 +1,11 @@
 //! A run as people see it: a bar on a terminal, lines in a log.
 
 use std::io::{IsTerminal, stderr};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::{HumanCount, HumanDuration, ProgressBar};
 use param::cli;
+use param_train::checkpoint::State;
 use param_train::metrics::StepRecord;
 use param_train::trainer::Event;
 
@@ -14,16 +15,18 @@ pub struct Report {
     is_terminal: bool,
     total: u64,
     log_every: u64,
-    /// Start of the stretch that the next line averages over, its first step and targets.
-    since: (Instant, u64, u64),
+    /// Seconds, steps and targets trained when the last line was written: the next averages over what came since.
+    since: (f64, u64, u64),
 }
 
 impl Report {
-    /// For a run that has done `step` of `total` steps and trained on `n_target` targets.
-    pub fn new(total: u64, step: u64, n_target: u64, log_every: u64) -> Self {
-        let bar = cli::bar(total).with_position(step);
+    /// For a run in this state.
+    pub fn new(state: &State, log_every: u64) -> Self {
+        let total = state.settings.schedule.total;
+        let bar = cli::bar(total).with_position(state.step);
         bar.reset_eta();
-        Self { bar, is_terminal: stderr().is_terminal(), total, log_every, since: (Instant::now(), step, n_target) }
+        let since = (state.seconds, state.step, state.n_target);
+        Self { bar, is_terminal: stderr().is_terminal(), total, log_every, since }
     }
 
     /// Shows one event.
@@ -47,12 +50,12 @@ impl Report {
     }
 
     fn step(&mut self, record: &StepRecord) {
-        let (since, first_step, first_target) = self.since;
+        let (first_second, first_step, first_target) = self.since;
         let due = record.step.is_multiple_of(self.log_every) || record.step == self.total;
         if !due && !self.is_terminal {
             return;
         }
-        let seconds = since.elapsed().as_secs_f64();
+        let seconds = record.seconds - first_second;
         let rate = (record.n_target - first_target) as f64 / seconds;
         let what = format!(
             "loss {:.4}  grad {:.2}  lr {:.2e}  {} tok/s",
@@ -70,7 +73,7 @@ impl Report {
             eprintln!("step {:>6}/{}  {what}  {} left", record.step, self.total, HumanDuration(left));
         }
         if due {
-            self.since = (Instant::now(), record.step, record.n_target);
+            self.since = (record.seconds, record.step, record.n_target);
         }
     }
 

@@ -107,17 +107,19 @@ impl RunFolder {
     ) -> Result<PathBuf, Error> {
         let name = step_name(state.step);
         let folder = self.path.join(CHECKPOINTS).join(&name);
-        let write = || write_folder(&folder, |partial| {
-            write_model(partial, config, Some(tokenizer), params).map_err(Failure::Run)?;
-            let kinds = [("first", &moments.first), ("second", &moments.second)];
-            let named = kinds.into_iter().flat_map(|(kind, tensors)| {
-                let entries = table.iter().zip(tensors);
-                entries.map(move |(spec, m)| (moment_name(kind, spec), spec.shape.clone(), &m[..]))
-            });
-            write_tensors(&partial.join(OPTIMIZER_FILE), named).map_err(|e| Failure::Run(e.into()))?;
-            let json = serde_json::to_vec_pretty(state).expect("a state always serialises");
-            fs::write(partial.join(STATE_FILE), json).map_err(Failure::Folder)
-        });
+        let write = || {
+            write_folder(&folder, |partial| {
+                write_model(partial, config, Some(tokenizer), params).map_err(Failure::Run)?;
+                let kinds = [("first", &moments.first), ("second", &moments.second)];
+                let named = kinds.into_iter().flat_map(|(kind, tensors)| {
+                    let entries = table.iter().zip(tensors);
+                    entries.map(move |(spec, m)| (moment_name(kind, spec), spec.shape.clone(), &m[..]))
+                });
+                write_tensors(&partial.join(OPTIMIZER_FILE), named).map_err(|e| Failure::Run(e.into()))?;
+                let json = serde_json::to_vec_pretty(state).expect("a state always serialises");
+                fs::write(partial.join(STATE_FILE), json).map_err(Failure::Folder)
+            })
+        };
         // A checkpoint of this step can be there already: of a run that was killed before it set the links. It is whole, and
         // the same to the bit.
         if !folder.exists() {

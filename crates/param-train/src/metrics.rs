@@ -31,6 +31,8 @@ pub struct StepRecord {
     pub lr: f32,
     /// Targets per second, over this step.
     pub tokens_per_s: f64,
+    /// Seconds of training so far: steps only, without evaluation, samples and saving.
+    pub seconds: f64,
     /// Targets trained on so far.
     pub n_target: u64,
     /// Passes over the training data so far.
@@ -84,9 +86,9 @@ impl Metrics {
             }
             let lines = BufReader::new(File::open(&path).map_err(io)?).lines();
             // A line cut short by a kill is no record; nothing can follow it.
-            let past = lines.map_while(Result::ok).filter(|line| {
-                serde_json::from_str::<Step>(line).is_ok_and(|record| record.step <= step)
-            });
+            let past = lines
+                .map_while(Result::ok)
+                .filter(|line| serde_json::from_str::<Step>(line).is_ok_and(|record| record.step <= step));
             write_file(&path, |out| past.into_iter().try_for_each(|line| writeln!(out, "{line}"))).map_err(io)?;
         } else {
             fs::write(&path, "").map_err(io)?;

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::cpu::Capacity;
-use crate::data::batch::Layout;
+use crate::data::Layout;
 use crate::error::Error;
 use crate::optimizer::AdamW;
 use crate::schedule::Schedule;

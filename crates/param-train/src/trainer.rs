@@ -8,9 +8,7 @@ use param_model::{Config, Tokenizer};
 
 use crate::checkpoint::{Restored, RunFolder, State};
 use crate::cpu::{GradientScale, Losses, Mode, Model, NoiseSource, Routing, Sequences};
-use crate::data::DataError;
-use crate::data::batch::{Batch, Batches, Evaluation, Layout, Vocabulary};
-use crate::data::split::Part;
+use crate::data::{Batch, Batches, DataError, Evaluation, Layout, Part, Vocabulary};
 use crate::error::Error;
 use crate::init::initialise;
 use crate::metrics::{EvalRecord, Metrics, SampleRecord, StepRecord};
@@ -204,6 +202,7 @@ impl Trainer {
             grad_norm,
             lr,
             tokens_per_s: n_target as f64 / seconds,
+            seconds: state.seconds,
             n_target: state.n_target,
             epoch: batches.epochs_before(first + n_batch),
             ..total
@@ -331,6 +330,7 @@ fn total_loss(losses: &[Losses], config: &Config) -> StepRecord {
         grad_norm: 0.0,
         lr: 0.0,
         tokens_per_s: 0.0,
+        seconds: 0.0,
         n_target: 0,
         epoch: 0.0,
         n_dropped: routings().map(Routing::n_dropped).sum(),

@@ -4,7 +4,7 @@ use param_kernels::{Kernels, Mat, Write, matmul};
 use rayon::prelude::*;
 
 use super::buffers::Buffers;
-use crate::data::batch::IGNORED;
+use crate::data::IGNORED;
 
 /// Rows of logits at a time: about 16 MiB, but enough rows that the product stays a matmul and not a matrix-vector one.
 fn rows_per_chunk(n_vocab: usize) -> usize {

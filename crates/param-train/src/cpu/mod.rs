@@ -155,7 +155,7 @@ impl Model {
         self.index[&(part, None)]
     }
 
-    /// Loss over `targets` [n_row, n_col] ([`crate::data::batch::IGNORED`] where none counts), without gradients.
+    /// Loss over `targets` [n_row, n_col] ([`crate::data::IGNORED`] where none counts), without gradients.
     pub fn loss(&mut self, params: &[Vec<f32>], sequences: Sequences, targets: &[i32], mode: Mode) -> Losses {
         let mut forward = self.forward(params, sequences, mode, false);
         let routings = std::mem::take(&mut forward.blocks).into_iter().filter_map(Saved::into_routing).collect();
