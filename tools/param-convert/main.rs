@@ -94,11 +94,11 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     check_output(&args.out)?;
     let source = Source::open(args)?;
+    let plan = Plan::new(&source.config, args.quant, &args.tensor_type)?;
+    let metadata = metadata(args, &source, &plan)?;
     if source.tokenizer.is_none() {
         eprintln!("no tokenizer.json beside the weights: the file will run on token ids only (give --tokenizer FILE)");
     }
-    let plan = Plan::new(&source.config, args.quant, &args.tensor_type)?;
-    let metadata = metadata(args, &source, &plan)?;
     let threads = args.threads.map_or(0, usize::from); // 0 is rayon's word for all cores
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting threads")?;
     let interrupted = Arc::new(AtomicBool::new(false));

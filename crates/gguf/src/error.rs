@@ -10,9 +10,10 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[non_exhaustive]
 #[allow(missing_docs)] // the fields are those of the messages
 pub enum Error {
-    #[error("{}: {source}", path.display())]
-    File { path: PathBuf, source: Box<Error> },
-    #[error("{0}")]
+    // The cause is part of the message, and hence no `source`: whoever prints the chain would print it twice.
+    #[error("{}: {error}", path.display())]
+    File { path: PathBuf, error: Box<Error> },
+    #[error(transparent)]
     Io(#[from] std::io::Error),
     #[error("not a GGUF file: it starts with {found:02x?} instead of `GGUF`")]
     Magic { found: Vec<u8> },

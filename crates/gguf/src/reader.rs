@@ -141,7 +141,7 @@ impl Gguf {
 }
 
 fn in_file<T>(path: &Path, result: Result<T>) -> Result<T> {
-    result.map_err(|source| Error::File { path: path.to_owned(), source: Box::new(source) })
+    result.map_err(|error| Error::File { path: path.to_owned(), error: Box::new(error) })
 }
 
 fn map(path: &Path) -> Result<Bytes> {

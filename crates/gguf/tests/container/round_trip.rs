@@ -172,7 +172,7 @@ fn errors_of_a_file_name_it() {
     let message = Gguf::open(&path).unwrap_err().to_string();
     assert!(message.ends_with("empty.gguf: not a GGUF file: it starts with [] instead of `GGUF`"), "{message}");
     std::fs::write(&path, b"PK\x03\x04").unwrap();
-    assert!(matches!(Gguf::open(&path), Err(Error::File { source, .. }) if matches!(*source, Error::Magic { .. })));
+    assert!(matches!(Gguf::open(&path), Err(Error::File { error, .. }) if matches!(*error, Error::Magic { .. })));
 }
 
 #[test]
