@@ -1,6 +1,7 @@
 //! Golden cases: numbers computed by the reference, one folder a case, from `tests/golden` or the folder in
 //! `PARAM_GOLDEN`. Which cases and variants there are is found from the files.
 
+mod inference;
 mod training;
 
 use std::collections::BTreeMap;
@@ -48,6 +49,7 @@ impl Case {
 
     pub fn arrays(&self, file: &str) -> BTreeMap<String, Array> {
         let mut archive = zip::ZipArchive::new(std::fs::File::open(self.folder.join(file)).unwrap()).unwrap();
+        let n_array = archive.len();
         let read = |i: usize| {
             let entry = archive.by_index(i).unwrap();
             let name = entry.name().trim_end_matches(".npy").to_owned();
@@ -61,7 +63,7 @@ impl Case {
             };
             (name, Array { shape, floats, ints })
         };
-        (0..archive.len()).map(read).collect()
+        (0..n_array).map(read).collect()
     }
 }
 

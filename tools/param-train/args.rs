@@ -204,27 +204,21 @@ impl Model {
             (Some(name), None) => Config::preset(name)?,
             (None, None) => bail!(Usage("--preset NAME or --config FILE is needed to know the model's size".into())),
         };
-        let mut json: serde_json::Value = serde_json::from_str(&base.to_json())?;
-        let mut set = |key: &str, value: serde_json::Value| {
-            // A key is known if the config writes it, or if it reads it although it has its default.
-            let mut changed = json.clone();
-            changed[key] = value;
-            let origin = "--set";
-            let config = Config::from_json(&changed.to_string(), origin).map_err(|e| Usage(e.to_string()))?;
-            let written: serde_json::Value = serde_json::from_str(&config.to_json())?;
-            if json.get(key).is_none() && written.get(key).is_none() {
-                bail!(Usage(format!("--set {key}: no such key in config.json, or its default")));
-            }
-            json = changed;
-            Ok(config)
-        };
-        let mut config = base;
+        let base: serde_json::Value = serde_json::from_str(&base.to_json())?;
+        let mut changed = base.clone();
+        let mut keys = Vec::new();
         for assignment in &self.set {
             let Some((key, value)) = assignment.split_once('=') else {
                 bail!(Usage(format!("--set {assignment}: expected KEY=VALUE, such as num_layers=4")));
             };
-            let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
-            config = set(key, value)?;
+            changed[key] = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+            keys.push(key);
+        }
+        let mut config = Config::from_json(&changed.to_string(), "--set").map_err(|e| Usage(e.to_string()))?;
+        // A key is known if the config writes it; one that is optional is written only where it is not at its default.
+        let written: serde_json::Value = serde_json::from_str(&config.to_json())?;
+        if let Some(key) = keys.iter().find(|&key| base.get(key).is_none() && written.get(key).is_none()) {
+            bail!(Usage(format!("--set {key}: config.json has no such key, or this is its default anyway")));
         }
         config.n_ctx = self.context.unwrap_or(config.n_ctx);
         config.dropout = self.dropout.unwrap_or(config.dropout);
