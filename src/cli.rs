@@ -1,6 +1,7 @@
 //! What every command line shares: exit codes, interrupts, and how bars look.
 
 use std::fmt;
+use std::io;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -23,9 +24,13 @@ impl fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
-/// Prints the error, if there is one, and gives the exit code: 2 for [`Usage`], 1 for any other.
+/// Prints the error, if there is one, and gives the exit code: 2 for [`Usage`], 1 for any other. Output that its reader
+/// has closed (`| head`) is none: the reader has enough.
 pub fn exit_code(result: Result<ExitCode>) -> ExitCode {
     result.unwrap_or_else(|error| {
+        if error.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
+            return ExitCode::SUCCESS;
+        }
         eprintln!("error: {error:#}");
         ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
     })
