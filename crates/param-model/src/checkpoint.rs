@@ -274,8 +274,8 @@ impl Checkpoint {
 
 impl Shard {
     fn open(path: PathBuf) -> Result<Self, Error> {
-        let file = File::open(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-        let io = |source| Error::Io { path: path.clone(), source };
+        let file = File::open(&path).map_err(|error| Error::Io { path: path.clone(), error })?;
+        let io = |error| Error::Io { path: path.clone(), error };
         if file.metadata().map_err(io)?.len() == 0 {
             return Err(Error::Checkpoint { path, problem: "the file is empty".to_owned() });
         }
@@ -324,7 +324,7 @@ fn shard_files(index: &Path) -> Result<Vec<PathBuf>, Error> {
         weight_map: BTreeMap<String, String>,
     }
     let fail = |problem: String| Error::Checkpoint { path: index.to_owned(), problem };
-    let text = std::fs::read_to_string(index).map_err(|source| Error::Io { path: index.to_owned(), source })?;
+    let text = std::fs::read_to_string(index).map_err(|error| Error::Io { path: index.to_owned(), error })?;
     let parsed: Index = serde_json::from_str(&text).map_err(|e| fail(format!("not an index of shards: {e}")))?;
     let mut names = parsed.weight_map.into_values().collect::<Vec<_>>();
     names.sort();
@@ -403,9 +403,9 @@ pub fn write_weights(path: &Path, config: &Config, params: &[&[f32]]) -> Result<
 }
 
 fn write_stored<'a>(path: &Path, tensors: impl Iterator<Item = (String, Stored<'a>)>) -> Result<(), Error> {
-    let io = |source| Error::Io { path: path.to_owned(), source };
+    let io = |error| Error::Io { path: path.to_owned(), error };
     safetensors::serialize_to_file(tensors, None::<HashMap<String, String>>, path).map_err(|e| match e {
-        SafeTensorError::IoError(source) => io(source),
+        SafeTensorError::IoError(error) => io(error),
         other => Error::Checkpoint { path: path.to_owned(), problem: other.to_string() },
     })?;
     // The library's own temporary file is private to the user; checkpoints are shared like any other file.

@@ -188,7 +188,7 @@ impl Config {
 
     /// Reads a `config.json` or, by its ending, a `.toml` preset file, and checks it.
     pub fn from_file(path: &Path) -> Result<Self, Error> {
-        let text = std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        let text = std::fs::read_to_string(path).map_err(|error| Error::Io { path: path.to_owned(), error })?;
         let origin = path.display().to_string();
         if path.extension().is_some_and(|e| e == "toml") {
             Self::from_toml(&text, &origin)
@@ -319,18 +319,16 @@ mod tests {
     #[test]
     fn impossible_numbers_are_refused_by_name() {
         let good = Config::preset("param-tiny").unwrap();
-        let cases: [(&str, fn(&mut Config)); 7] = [
-            ("emb_dim", |c| c.n_embd = c.n_head * 3 + 1),
-            ("top_k", |c| c.n_expert_used = c.n_expert + 1),
-            ("vocab_size", |c| c.n_vocab = 0),
-            ("context_length", |c| c.n_ctx = usize::MAX),
-            ("dropout_rate", |c| c.dropout = 1.0),
-            ("moe_phase", |c| c.moe_phase = c.moe_stride),
-            ("aux_loss_weight", |c| c.aux_loss_weight = f32::NAN),
+        let cases = [
+            ("emb_dim", Config { n_embd: good.n_head * 3 + 1, ..good.clone() }),
+            ("top_k", Config { n_expert_used: good.n_expert + 1, ..good.clone() }),
+            ("vocab_size", Config { n_vocab: 0, ..good.clone() }),
+            ("context_length", Config { n_ctx: usize::MAX, ..good.clone() }),
+            ("dropout_rate", Config { dropout: 1.0, ..good.clone() }),
+            ("moe_phase", Config { moe_phase: good.moe_stride, ..good.clone() }),
+            ("aux_loss_weight", Config { aux_loss_weight: f32::NAN, ..good.clone() }),
         ];
-        for (key, spoil) in cases {
-            let mut config = good.clone();
-            spoil(&mut config);
+        for (key, config) in cases {
             let error = config.checked("here").unwrap_err().to_string();
             assert!(error.contains(key) && error.contains("here"), "{error}");
         }

@@ -14,4 +14,4 @@ pub use checkpoint::{Checkpoint, CheckpointTensor};
 pub use config::{Activation, Config};
 pub use error::Error;
 pub use tensors::{GGUF_HEAD, Init, Part, Role, TIED_HEAD, TensorSpec, mask_name, tensors};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Kind, TokenType, Tokenizer};

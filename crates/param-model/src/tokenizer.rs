@@ -64,7 +64,7 @@ pub struct Tokenizer {
 impl Tokenizer {
     /// Reads a `tokenizer.json`.
     pub fn from_file(path: &Path) -> Result<Self, Error> {
-        let json = std::fs::read_to_string(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        let json = std::fs::read_to_string(path).map_err(|error| Error::Io { path: path.to_owned(), error })?;
         Self::from_json(json, &path.display().to_string())
     }
 

@@ -125,7 +125,7 @@ impl RunFolder {
         if !folder.exists() {
             write().map_err(|e| match e {
                 Failure::Run(e) => e,
-                Failure::Folder(source) => Error::Io { path: folder.clone(), source },
+                Failure::Folder(error) => Error::Io { path: folder.clone(), error },
             })?;
         }
         let target = Path::new(CHECKPOINTS).join(&name);
@@ -243,5 +243,5 @@ fn read_state(path: &Path) -> Result<State, Error> {
 
 fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + use<> {
     let path = path.to_owned();
-    move |source| Error::Io { path, source }
+    move |error| Error::Io { path, error }
 }

@@ -12,8 +12,8 @@ pub enum Error {
     Data(#[from] DataError),
     #[error(transparent)]
     Model(#[from] param_model::Error),
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: std::io::Error },
+    #[error("{}: {error}", path.display())]
+    Io { path: PathBuf, error: std::io::Error },
     #[error("{}: not a training state: {problem}", path.display())]
     State { path: PathBuf, problem: String },
     #[error("{}: holds a run already (step {step}): continue it with --resume, or choose another folder", path.display())]

@@ -78,7 +78,7 @@ impl Metrics {
     /// run goes through again.
     pub fn open(folder: &Path, step: u64) -> Result<Self, Error> {
         let path = folder.join(METRICS_FILE);
-        let io = |source| Error::Io { path: path.clone(), source };
+        let io = |error| Error::Io { path: path.clone(), error };
         if path.exists() {
             #[derive(Deserialize)]
             struct Step {
@@ -101,6 +101,6 @@ impl Metrics {
     pub fn write(&mut self, record: &impl Serialize) -> Result<(), Error> {
         let mut line = serde_json::to_string(record).expect("records always serialise");
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(|source| Error::Io { path: self.path.clone(), source })
+        self.file.write_all(line.as_bytes()).map_err(|error| Error::Io { path: self.path.clone(), error })
     }
 }

@@ -79,6 +79,7 @@ pub struct Saved {
 }
 
 #[derive(Default)]
+#[allow(clippy::large_enum_variant, reason = "one per block, beside megabytes of activations")]
 enum SavedFfn {
     #[default]
     Recycled,

@@ -11,6 +11,8 @@ pub mod head;
 pub mod linear;
 pub mod norm;
 pub mod router;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashMap;
 

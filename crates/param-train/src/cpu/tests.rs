@@ -1,0 +1,137 @@
+//! Gradients against numerical derivatives, for what the reference's golden numbers leave out: dropout, drawn noise, and
+//! the config's other options.
+
+use param_model::{Activation, Config};
+use rand::RngExt;
+
+use super::{Capacity, GradientScale, Mode, Model, NoiseSource, Sequences};
+use crate::data::IGNORED;
+use crate::init::initialise;
+use crate::random::{Key, stream};
+
+fn config() -> Config {
+    Config {
+        n_vocab: 50,
+        n_ctx: 80,
+        n_embd: 24,
+        n_head: 3,
+        n_layer: 3,
+        // All experts chosen: the loss has no jumps, as it does where the choice changes. Choosing is held by golden numbers.
+        n_expert: 4,
+        n_expert_used: 4,
+        dropout: 0.0,
+        aux_loss_weight: 0.1,
+        router_z_loss_weight: 0.05,
+        ..Config::preset("param-tiny").unwrap()
+    }
+}
+
+/// Initial parameters with nothing left at zero, so that every path carries a gradient.
+fn perturbed(config: &Config) -> Vec<Vec<f32>> {
+    let mut params = initialise(config, 11);
+    let mut rng = stream(12, 0);
+    params.iter_mut().flatten().for_each(|p| *p += 0.1 * (rng.random::<f32>() - 0.5));
+    params
+}
+
+/// Along each tensor's own gradient g the loss must change by |g| per unit of length.
+///
+/// Bound: 1% of the slope, what a central difference of an f32 loss of about 4 (rounded to 3e-7) leaves over a change of
+/// 1e-3, plus the curvature.
+fn check(config: &Config, mode: Mode, n_col: usize, padded: bool) {
+    let mut model = Model::new(config);
+    let params = perturbed(config);
+    let mut rng = stream(13, 0);
+    let mut token = || rng.random_range(0..config.n_vocab as u32);
+    let n_row = 3;
+    let ids = (0..n_row * n_col).map(|_| token()).collect::<Vec<_>>();
+    let real = |i: usize| !padded || i % n_col < n_col - 5;
+    let targets = (0..ids.len()).map(|i| if real(i) { token() as i32 } else { IGNORED }).collect::<Vec<_>>();
+    let mask = (0..ids.len()).map(real).collect::<Vec<_>>();
+    let sequences = Sequences { ids: &ids, n_col, mask: padded.then_some(&mask[..]) };
+
+    let mut grads = model.zeros();
+    let n_target = targets.iter().filter(|&&t| t != IGNORED).count();
+    let scale = GradientScale { n_target, n_batch: 1 };
+    let losses = model.loss_and_gradients(&params, &mut grads, sequences, &targets, mode, scale);
+    let same = model.loss(&params, sequences, &targets, mode).total(config);
+    assert!((losses.total(config) - same).abs() <= 1e-9, "the two passes disagree on the loss");
+    for i in 0..params.len() {
+        let name = model.table()[i].checkpoint.clone();
+        let norm = grads[i].iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+        // The key's bias shifts all scores of a query alike: no gradient but rounding.
+        if name.ends_with("W_key.bias") {
+            assert!(norm < 1e-6, "{name}: {norm}");
+            continue;
+        }
+        assert!(norm > 1e-6, "{name} gets no gradient");
+        let step = 1e-3 / norm;
+        let mut at = |sign: f64| {
+            let mut moved = params.clone();
+            for (p, g) in moved[i].iter_mut().zip(&grads[i]) {
+                *p += (sign * step * f64::from(*g) / norm) as f32;
+            }
+            model.loss(&moved, sequences, &targets, mode).total(config)
+        };
+        let slope = (at(1.0) - at(-1.0)) / (2.0 * step);
+        assert!((slope - norm).abs() <= 0.01 * norm, "{name}: slope {slope}, gradient {norm}");
+    }
+}
+
+const KEY: Key = Key { seed: 5, pass: 3 };
+
+#[test]
+fn gradients_hold_under_dropout_and_drawn_noise() {
+    let config = Config { dropout: 0.2, ..config() };
+    let mode = Mode { dropout: Some(KEY), capacity: Capacity::Unlimited, noise: NoiseSource::Drawn(KEY) };
+    check(&config, mode, 21, false);
+}
+
+#[test]
+fn gradients_hold_over_several_tiles_of_attention() {
+    let config = Config { dropout: 0.1, use_noisy_top_k: false, ..config() };
+    check(&config, Mode { dropout: Some(KEY), ..Mode::INFERENCE }, 80, false);
+}
+
+#[test]
+fn gradients_hold_with_padding() {
+    let config = Config { use_noisy_top_k: false, ..config() };
+    check(&config, Mode::INFERENCE, 21, true);
+}
+
+#[test]
+fn gradients_hold_for_every_other_shape_of_model() {
+    let base = Config { use_noisy_top_k: false, ..config() };
+    for config in [
+        Config { qkv_bias: true, expert_bias: false, moe_stride: 1, ..base.clone() },
+        Config { n_expert: 1, n_expert_used: 1, moe_stride: 1, use_noisy_top_k: true, ..base.clone() },
+        Config { moe_phase: 1, expert_activation: Activation::GeluTanh, ..base.clone() },
+        Config { dense_activation: Activation::GeluErf, use_aux_loss: true, use_router_z_loss: false, ..base.clone() },
+    ] {
+        check(&config, Mode::INFERENCE, 21, false);
+    }
+}
+
+#[test]
+fn gradients_do_not_depend_on_the_number_of_threads() {
+    let config = Config { dropout: 0.1, ..config() };
+    let params = perturbed(&config);
+    let ids = (0..120).map(|i| i * 7 % 50).collect::<Vec<u32>>();
+    let targets = ids.iter().map(|&id| (id as i32 + 1) % 50).collect::<Vec<_>>();
+    let mode = Mode { dropout: Some(KEY), capacity: Capacity::Unlimited, noise: NoiseSource::Drawn(KEY) };
+    let run = |n_thread: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n_thread).build().unwrap();
+        pool.install(|| {
+            let mut model = Model::new(&config);
+            let mut grads = model.zeros();
+            let sequences = Sequences { ids: &ids, n_col: 60, mask: None };
+            let scale = GradientScale { n_target: 120, n_batch: 1 };
+            let losses = model.loss_and_gradients(&params, &mut grads, sequences, &targets, mode, scale);
+            (losses.total(&config), grads)
+        })
+    };
+    let one = run(1);
+    for n_thread in [2, 4] {
+        assert!(one == run(n_thread), "{n_thread} threads change the gradients");
+    }
+}
