@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use param::cli::{self, Usage};
 use param_kernels::available_threads;
@@ -66,7 +66,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<ExitCode> {
     let mut report = Report::new(io::stdout().lock(), args.output);
     for path in &args.model {
-        let model = Model::open(path).with_context(|| path.display().to_string())?;
+        let model = Model::open(path)?;
         for n_thread in threads(args) {
             for test in tests(args) {
                 let samples = measure(&model, n_thread, test, args.repetitions.into())?;

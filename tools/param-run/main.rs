@@ -133,7 +133,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<ExitCode> {
     let interrupt = Interrupt::install()?;
     let start = Instant::now();
-    let model = Model::open(&args.model).with_context(|| args.model.display().to_string())?;
+    let model = Model::open(&args.model)?;
     let mut session = Session::new(&model, &session_options(args))?;
     let mut timings = Timings::new(start.elapsed());
     let options = generate_options(args);

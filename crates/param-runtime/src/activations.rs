@@ -28,7 +28,7 @@ impl Activations {
     /// # Errors
     /// Values that are not finite: only a damaged model computes such.
     pub fn convert(&mut self, team: &mut Team, kernel: &DotKernel, x: &[f32], n_col: usize, what: &str) -> Result<()> {
-        let failed = |source| Error::Compute { what: what.to_owned(), source };
+        let failed = |cause| Error::Compute { what: what.to_owned(), cause };
         self.row_bytes = kernel.activation_bytes(n_col).map_err(failed)?;
         self.stride = self.row_bytes.next_multiple_of(ROW_ALIGN);
         self.ty = Some(kernel.activation_type());

@@ -1,5 +1,7 @@
 //! Everything that can go wrong, each error naming what it is about and what to do.
 
+use std::path::PathBuf;
+
 use gguf::GgmlType;
 
 /// Result with this crate's [`Error`].
@@ -8,8 +10,11 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// A failure to open or run a model.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+// A cause that is part of the message is no `source`: whoever prints the chain would print it twice.
 #[allow(missing_docs)] // the fields are those of the messages
 pub enum Error {
+    #[error("{}: {cause}", path.display())]
+    File { path: PathBuf, cause: Box<Error> },
     #[error(transparent)]
     Gguf(#[from] gguf::Error),
     #[error(transparent)]
@@ -20,8 +25,8 @@ pub enum Error {
     Shape { name: String, expected: Vec<u64>, got: Vec<u64> },
     #[error("tensor `{name}` has no place in the model that the metadata describes")]
     UnexpectedTensor { name: String },
-    #[error("tensor `{name}` ({ty}): {source}")]
-    TensorType { name: String, ty: GgmlType, source: param_ggml::Error },
+    #[error("tensor `{name}` ({ty}): {cause}")]
+    TensorType { name: String, ty: GgmlType, cause: param_ggml::Error },
     #[error("the file has no tokenizer: convert the model again with its tokenizer.json, or work with token ids")]
     NoTokenizer,
     #[error("token {token} is outside the vocabulary of {n_vocab}")]
@@ -36,8 +41,8 @@ pub enum Error {
     ContextLength { requested: usize, n_ctx: usize },
     #[error("out of memory: {what} needs {bytes} bytes")]
     OutOfMemory { what: &'static str, bytes: usize },
-    #[error("while computing {what}: {source}")]
-    Compute { what: String, source: param_ggml::Error },
+    #[error("while computing {what}: {cause}")]
+    Compute { what: String, cause: param_ggml::Error },
     #[error("every logit is NaN or -inf: the model file is damaged")]
     NoLogits,
     #[error("sampling option {option} is {value}: expected {expected}")]

@@ -77,5 +77,5 @@ pub(crate) fn matmul(
             finish(matrix, cols.clone(), dots, tile.row_mut(row));
         }
     });
-    into_result(failure).map_err(|source| Error::Compute { what: format!("tensor `{}`", weights.name), source })
+    into_result(failure).map_err(|cause| Error::Compute { what: format!("tensor `{}`", weights.name), cause })
 }

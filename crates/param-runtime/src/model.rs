@@ -31,13 +31,16 @@ impl Model {
     /// An unreadable or malformed file, another architecture, a tensor that is missing, superfluous, of the wrong shape or of a
     /// type that cannot be multiplied, a tokenizer that does not fit the vocabulary.
     pub fn open(path: impl AsRef<Path>) -> Result<Arc<Model>> {
-        Self::from_gguf(Gguf::open(path)?)
+        let path = path.as_ref();
+        // The container's own errors name the file already.
+        let in_file = |cause| Error::File { path: path.to_owned(), cause: Box::new(cause) };
+        Self::from_gguf(Gguf::open(path)?).map_err(in_file)
     }
 
     /// Like [`Model::open`], from a file already opened or read into memory.
     ///
     /// # Errors
-    /// As [`Model::open`].
+    /// As [`Model::open`], without the file's path.
     pub fn from_gguf(gguf: Gguf) -> Result<Arc<Model>> {
         let config = Config::from_metadata(gguf.metadata())?;
         let names = check_tensors(&gguf, &config)?;

@@ -19,7 +19,7 @@ impl Matrix {
     /// Checks that the runtime can multiply by the tensor's type.
     pub fn new(gguf: &Gguf, name: &str, n_row: usize, n_col: usize) -> Result<Matrix> {
         let ty = tensor_type(gguf, name)?;
-        let unusable = |source| Error::TensorType { name: name.to_owned(), ty, source };
+        let unusable = |cause| Error::TensorType { name: name.to_owned(), ty, cause };
         let kernel = DotKernel::new(ty).map_err(unusable)?;
         kernel.activation_bytes(n_col).map_err(unusable)?;
         let row_bytes = n_col / ty.block_size() as usize * ty.type_size() as usize;
@@ -35,11 +35,7 @@ impl Matrix {
     pub fn read_row(&self, gguf: &Gguf, row: usize, out: &mut [f32]) -> Result<()> {
         let bytes = &self.data(gguf)?[row * self.row_bytes..(row + 1) * self.row_bytes];
         let ty = self.kernel.weight_type();
-        param_ggml::dequantize(ty, bytes, out).map_err(|source| Error::TensorType {
-            name: self.name.clone(),
-            ty,
-            source,
-        })
+        param_ggml::dequantize(ty, bytes, out).map_err(|cause| Error::TensorType { name: self.name.clone(), ty, cause })
     }
 }
 
@@ -48,10 +44,10 @@ pub(crate) fn read_f32(gguf: &Gguf, name: &str) -> Result<Vec<f32>> {
     let ty = tensor_type(gguf, name)?;
     let n = gguf.tensor(name).map_or(0, |info| info.n_elements());
     let mut out = zeroed("a tensor in f32", usize::try_from(n).unwrap_or(usize::MAX))?;
-    param_ggml::dequantize(ty, gguf.tensor_data(name)?, &mut out).map_err(|source| Error::TensorType {
+    param_ggml::dequantize(ty, gguf.tensor_data(name)?, &mut out).map_err(|cause| Error::TensorType {
         name: name.to_owned(),
         ty,
-        source,
+        cause,
     })?;
     Ok(out)
 }
