@@ -9,6 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 
+/// Version of the toolkit, with the revision and target it was built from.
+pub const VERSION: &str = env!("PARAM_VERSION");
+
 /// Exit code of a command that an interrupt ended: 128 + SIGINT, as shells count.
 pub const INTERRUPTED: u8 = 130;
 

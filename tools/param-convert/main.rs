@@ -7,17 +7,15 @@ mod progress;
 mod report;
 mod source;
 
-use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use gguf::{GgmlType, KEY_ALIGNMENT, Metadata};
+use param::cli::{self, Usage};
 use param_model::metadata::ARCHITECTURE;
 
 use crate::plan::{Override, Plan};
@@ -31,7 +29,7 @@ const QUANTIZATION_VERSION: u32 = 2;
 /// By default the experts, which are most of a model, become Q4_K, and the attention, dense feed-forward and embedding
 /// matrices Q8_0. Norms, routers, biases and positions stay F32.
 #[derive(Parser)]
-#[command(version)]
+#[command(version = cli::VERSION)]
 struct Args {
     /// Weights: a .safetensors file, a .safetensors.index.json of shards, or a folder that holds either
     #[arg(value_name = "CKPT")]
@@ -69,29 +67,11 @@ struct Args {
     threads: Option<u16>,
 }
 
-/// Something to be put right on the command line, as opposed to in a file.
-#[derive(Debug)]
-struct Usage(String);
-
-impl fmt::Display for Usage {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl std::error::Error for Usage {}
-
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::from(if error.is::<Usage>() { 2 } else { 1 })
-        }
-    }
+    cli::exit_code(run(&Args::parse()))
 }
 
-fn run(args: &Args) -> Result<()> {
+fn run(args: &Args) -> Result<ExitCode> {
     check_output(&args.out)?;
     let source = Source::open(args)?;
     let plan = Plan::new(&source.config, args.quant, &args.tensor_type)?;
@@ -101,14 +81,15 @@ fn run(args: &Args) -> Result<()> {
     }
     let threads = args.threads.map_or(0, usize::from); // 0 is rayon's word for all cores
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().context("starting threads")?;
-    let interrupted = Arc::new(AtomicBool::new(false));
-    let flag = interrupted.clone();
-    ctrlc::set_handler(move || flag.store(true, Ordering::Relaxed)).context("catching interrupts")?;
-    let converted = pool.install(|| convert::convert(&source, &plan, &metadata, &args.out, &interrupted))?;
+    let stop = cli::interrupt_flag()?;
+    let Some(converted) = pool.install(|| convert::convert(&source, &plan, &metadata, &args.out, &stop))? else {
+        eprintln!("interrupted: {} is as it was", args.out.display());
+        return Ok(ExitCode::from(cli::INTERRUPTED));
+    };
     let n_bytes = std::fs::metadata(&args.out)?.len();
     print!("{}", report::table(&plan, &converted));
     println!("{}: {}", args.out.display(), indicatif::BinaryBytes(n_bytes));
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 /// That nothing but an older conversion would be replaced: swapped arguments must not cost anyone their weights.

@@ -5,10 +5,9 @@ use std::str::FromStr;
 
 use anyhow::{Result, bail};
 use gguf::{GgmlType, TensorInfo};
+use param::cli::Usage;
 use param_model::{Config, Role, TensorSpec};
 use regex::Regex;
-
-use crate::Usage;
 
 /// The types that a model can be converted to, with the numbers that llama.cpp gives to files made mostly of them.
 const FILE_TYPES: [(GgmlType, u32); 15] = [

@@ -2,7 +2,8 @@
 
 use std::io::{IsTerminal, stderr};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
+use param::cli;
 
 /// Progress in elements.
 pub struct Progress {
@@ -13,9 +14,7 @@ pub struct Progress {
 
 impl Progress {
     pub fn new(total: u64) -> Progress {
-        let style = ProgressStyle::with_template("{bar:32} {percent:>3}%  {msg:32}  {eta} left")
-            .expect("a test would fail on a bad template");
-        let bar = stderr().is_terminal().then(|| ProgressBar::new(total).with_style(style));
+        let bar = stderr().is_terminal().then(|| cli::bar(total));
         Progress { bar, total, done: 0 }
     }
 

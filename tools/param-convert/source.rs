@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use param::cli::Usage;
 use param_model::checkpoint::{CONFIG_FILE, TOKENIZER_FILE};
 use param_model::{Checkpoint, Config, Tokenizer};
 
-use crate::{Args, Usage};
+use crate::Args;
 
 /// A checkpoint that holds exactly the model of its config.
 pub struct Source {

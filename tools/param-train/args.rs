@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Result, bail};
 use clap::{Args, Parser, ValueEnum};
-use param::cli::Usage;
+use param::cli::{Usage, VERSION};
 use param_model::Config;
 use param_train::data::Layout;
 use param_train::optimizer::{AdamW, Decay};
@@ -16,7 +16,7 @@ use param_train::settings::{Dropping, Settings};
 /// Checkpoints go to DIR/checkpoints, with links DIR/last and DIR/best; losses to DIR/metrics.jsonl; tokens to DIR/tokens.
 /// Ctrl-C saves and stops; --resume goes on where the newest checkpoint is, bit for bit.
 #[derive(Parser)]
-#[command(version)]
+#[command(version = VERSION)]
 pub struct Flags {
     #[command(flatten)]
     pub task: Task,
