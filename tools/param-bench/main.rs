@@ -23,7 +23,7 @@ use crate::report::{Report, Row};
 /// the last; decode runs random tokens one at a time, each with its logits. Loading, tokenizing and sampling are not part of it.
 /// Lists are separated by commas, and every combination is measured.
 #[derive(Parser)]
-#[command(version)]
+#[command(version = cli::VERSION)]
 struct Args {
     /// The model: a GGUF file, or the first of a split one
     #[arg(short, long, value_name = "FILE", required = true, value_delimiter = ',')]

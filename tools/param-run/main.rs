@@ -23,7 +23,7 @@ use crate::output::{Output, Timings};
 ///
 /// Standard output gets what the model generates and nothing else; messages and timings go to standard error.
 #[derive(Parser)]
-#[command(version)]
+#[command(version = cli::VERSION)]
 #[command(group(ArgGroup::new("input").args(["prompt", "file", "tokens"])))]
 #[command(group(ArgGroup::new("start").args(["prompt", "file", "tokens", "interactive"]).required(true).multiple(true)))]
 struct Args {

@@ -70,13 +70,13 @@ kernels! {
     /// Multiplies `grad` by the derivative of [`Kernels::gelu_tanh`] at `x`.
     gelu_tanh_backward = gelu::gelu_tanh_backward(x: &[f32], grad: &mut [f32]);
 
-    /// `y = (x - mean) / sqrt(variance + eps) * scale + shift` per row; x, y are [n_row, n_col], scale and shift [n_col]. Leaves
-    /// each row's mean and `rstd = 1 / sqrt(variance + eps)` in `mean` and `rstd` [n_row] for the backward pass.
+    /// `y = (x - mean) / sqrt(variance + eps) * scale + shift` per row; x, y are `[n_row, n_col]`, scale and shift `[n_col]`. Leaves
+    /// each row's mean and `rstd = 1 / sqrt(variance + eps)` in `mean` and `rstd` (`[n_row]`) for the backward pass.
     layer_norm = layer_norm::layer_norm(
         x: &[f32], scale: &[f32], shift: &[f32], eps: f32, y: &mut [f32], mean: &mut [f32], rstd: &mut [f32],
     );
 
-    /// Adds to `dx` [n_row, n_col], `dscale` and `dshift` [n_col] the gradients of [`Kernels::layer_norm`], given the
+    /// Adds to `dx` (`[n_row, n_col]`), `dscale` and `dshift` (`[n_col]`) the gradients of [`Kernels::layer_norm`], given the
     /// gradient `dy` [n_row, n_col] of its output.
     layer_norm_backward = layer_norm::layer_norm_backward(
         x: &[f32], scale: &[f32], mean: &[f32], rstd: &[f32], dy: &[f32], dx: &mut [f32], dscale: &mut [f32], dshift: &mut [f32],

@@ -104,7 +104,7 @@ impl Sampler {
         Ok(Sampler { options: options.clone(), rng, candidates: Vec::new(), weights: Vec::new() })
     }
 
-    /// Chooses from `logits` [n_vocab]; `context` is what came before, newest last, for the penalties. NaN counts as `-inf`.
+    /// Chooses from `logits` (`[n_vocab]`); `context` is what came before, newest last, for the penalties. NaN counts as `-inf`.
     ///
     /// # Errors
     /// [`Error::NoLogits`] where no token has a chance.
