@@ -4,7 +4,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 out="${PARAM_QUICKSTART_OUT:-$root/runs/quickstart}"
-steps="${PARAM_QUICKSTART_STEPS:-400}"
+steps="${PARAM_QUICKSTART_STEPS:-800}"
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -35,6 +35,7 @@ say "4/5 quantizing"
 "$bin/param-convert" "$out/best/model.safetensors" "$out/param.gguf"
 
 say "5/5 generating from $out/param.gguf"
+printf '%s' "$prompt"
 "$bin/param-run" -m "$out/param.gguf" -p "$prompt" -n 120 --temp 0.8 --seed 1
 
 say "done; try: $bin/param-run -m $out/param.gguf -p 'your prompt'"
