@@ -5,6 +5,7 @@ mod args;
 mod corpus;
 mod report;
 
+use std::io::{Write, stdout};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
@@ -13,11 +14,13 @@ use anyhow::{Context, Result, bail};
 use clap::Parser;
 use indicatif::HumanCount;
 use param::cli::{self, Usage};
+use param_model::atomic::write_folder;
 use param_model::checkpoint::{BEST_LINK, LAST_LINK, TOKENIZER_FILE, WEIGHTS_FILE};
 use param_model::{Checkpoint, Config, Tokenizer};
+use param_train::Error;
 use param_train::checkpoint::{RunFolder, read_model, write_model};
 use param_train::cpu::Model;
-use param_train::data::{Batches, Vocabulary};
+use param_train::data::{Batches, DataError, Vocabulary};
 use param_train::init::initialise;
 use param_train::settings::{Dropping, Settings};
 use param_train::trainer::{Corpus, Outcome, Trainer, evaluate_part};
@@ -28,7 +31,20 @@ use report::Report;
 
 fn main() -> ExitCode {
     let flags = Flags::parse();
-    cli::exit_code(run(&flags))
+    cli::exit_code(run(&flags).or_else(on_the_command_line))
+}
+
+/// What some errors of the library mean here: an interruption, or a flag to be put right.
+fn on_the_command_line(error: anyhow::Error) -> Result<ExitCode> {
+    match (error.downcast_ref(), error.downcast_ref()) {
+        (Some(DataError::Cancelled), _) => {
+            eprintln!("interrupted while reading the data");
+            Ok(ExitCode::from(cli::INTERRUPTED))
+        }
+        (Some(DataError::Fraction { .. }), _) => bail!(Usage(format!("--holdout: {error}"))),
+        (_, Some(Error::Setting { .. })) => bail!(Usage(error.to_string())),
+        _ => Err(error),
+    }
 }
 
 fn run(flags: &Flags) -> Result<ExitCode> {
@@ -51,9 +67,15 @@ fn initialise_only(flags: &Flags, out: &Path) -> Result<ExitCode> {
         config.n_vocab = tokenizer.n_vocab();
     }
     let seed = flags.training.apply(Training::defaults(&config, 1)).seed;
-    std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
-    write_model(out, &config, tokenizer.as_ref(), &initialise(&config, seed))?;
-    println!("{}: {}", out.join(WEIGHTS_FILE).display(), describe(&config));
+    let named = || out.display().to_string();
+    if out.exists() {
+        // Only an empty folder can be removed: nobody's weights are replaced by random ones.
+        std::fs::remove_dir(out).with_context(|| format!("{}: expected a new or an empty folder", named()))?;
+    }
+    let params = initialise(&config, seed);
+    write_folder(out, |partial| anyhow::Ok(write_model(partial, &config, tokenizer.as_ref(), &params)?))
+        .with_context(named)?;
+    writeln!(stdout(), "{}: {}", out.join(WEIGHTS_FILE).display(), describe(&config))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -77,17 +99,18 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
     let Some(record) = evaluate_part(&mut model, &params, &tokenizer, part, rows, dropping, stop)? else {
         return Ok(ExitCode::from(cli::INTERRUPTED));
     };
-    println!(
+    writeln!(
+        stdout(),
         "loss {:.6} nats/token, {:.6} bits/byte over {} tokens",
         record.eval_loss,
         record.bits_per_byte,
         HumanCount(record.n_target)
-    );
+    )?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn train(flags: &Flags, out: &Path, stop: &AtomicBool) -> Result<ExitCode> {
-    let folder = RunFolder::new(out)?;
+    let folder = RunFolder::new(out);
     let mut trainer = if flags.task.resume { resume(flags, folder, stop)? } else { start(flags, folder, stop)? };
     let mut report = Report::new(trainer.state(), flags.log_every);
     let outcome = trainer.run(stop, &mut |event| report.show(event));
@@ -97,30 +120,34 @@ fn train(flags: &Flags, out: &Path, stop: &AtomicBool) -> Result<ExitCode> {
     let state = trainer.state();
     let seconds = state.seconds.max(1e-9);
     let rate = HumanCount((state.n_target as f64 / seconds) as u64);
-    println!("{} steps, {} tokens, {seconds:.1} s of training, {rate} tok/s", state.step, HumanCount(state.n_target));
+    let mut out_stream = stdout();
+    let n_target = HumanCount(state.n_target);
+    writeln!(out_stream, "{} steps, {n_target} tokens, {seconds:.1} s of training, {rate} tok/s", state.step)?;
     if let Some((loss, step)) = state.best {
-        println!("best validation loss {loss:.4} at step {step}: {}", out.join(BEST_LINK).display());
+        writeln!(out_stream, "best validation loss {loss:.4} at step {step}: {}", out.join(BEST_LINK).display())?;
     }
     if outcome == Outcome::Stopped {
-        println!("stopped; go on with: param-train --out {} --resume", out.display());
+        writeln!(out_stream, "stopped; go on with: param-train --out {} --resume", out.display())?;
         return Ok(ExitCode::from(cli::INTERRUPTED));
     }
     let best = if state.best.is_some() { BEST_LINK } else { LAST_LINK };
-    println!("next: param-convert {} param.gguf", out.join(best).join(WEIGHTS_FILE).display());
+    writeln!(out_stream, "next: param-convert {} param.gguf", out.join(best).join(WEIGHTS_FILE).display())?;
     Ok(ExitCode::SUCCESS)
 }
 
 fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer> {
     folder.check_unused()?;
     let mut config = flags.model.config()?;
-    let seed = flags.training.apply(Training::defaults(&config, 1)).seed;
-    let choice = DataChoice::from_flags(&flags.data, seed)?;
+    // How many steps epochs are is known once the data is read; nothing else that can be wrong in the settings depends on it.
+    let early = flags.training.apply(Training::defaults(&config, flags.training.steps.unwrap_or(1)));
+    early.check(&config)?;
+    let choice = DataChoice::from_flags(&flags.data, early.seed)?;
     let tokenizer = choice.tokenizer(&flags.data, &config)?;
     config.n_vocab = tokenizer.n_vocab();
+    // Before tokenizing, so that a folder that cannot be written costs no time.
+    folder.create()?;
     let corpus = choice.corpus(&tokens_folder(&folder), tokenizer, stop)?;
-    // Whether steps come from epochs depends on the batch, whose size does not depend on the steps.
-    let batch = flags.training.apply(Training::defaults(&config, 1));
-    let steps = steps(&flags.training, &corpus, &batch)?.unwrap_or(2000);
+    let steps = steps(&flags.training, &corpus, &early)?.unwrap_or(2000);
     let settings = flags.training.apply(Training::defaults(&config, steps));
     choice.save(folder.path())?;
     eprintln!("{}, on {} threads", describe(&config), rayon::current_num_threads());

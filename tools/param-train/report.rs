@@ -1,6 +1,6 @@
 //! A run as people see it: a bar on a terminal, lines in a log.
 
-use std::io::{IsTerminal, stderr};
+use std::io::{IsTerminal, Write, stderr};
 use std::time::Duration;
 
 use indicatif::{HumanCount, HumanDuration, ProgressBar};
@@ -70,7 +70,7 @@ impl Report {
         } else {
             let per_step = seconds / (record.step - first_step) as f64;
             let left = Duration::from_secs_f64(per_step * (self.total - record.step) as f64);
-            eprintln!("step {:>6}/{}  {what}  {} left", record.step, self.total, HumanDuration(left));
+            self.line(&format!("step {:>6}/{}  {what}  {} left", record.step, self.total, HumanDuration(left)));
         }
         if due {
             self.since = (record.seconds, record.step, record.n_target);
@@ -78,7 +78,8 @@ impl Report {
     }
 
     fn line(&mut self, text: &str) {
-        self.bar.suspend(|| eprintln!("{text}"));
+        // A log that nobody reads any longer (`2>&1 | head`) is no reason to end the training.
+        let _ = self.bar.suspend(|| writeln!(stderr(), "{text}"));
     }
 
     /// Removes the bar.

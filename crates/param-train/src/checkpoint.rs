@@ -37,7 +37,7 @@ pub struct State {
     pub best: Option<(f64, u64)>,
     /// How it trains.
     pub settings: Settings,
-    /// SHA-256 of the training and validation tokens, so that another corpus is noticed.
+    /// Tells the training and validation tokens from those of another corpus or another held-out part.
     pub data_digest: String,
 }
 
@@ -67,10 +67,14 @@ pub struct RunFolder {
 }
 
 impl RunFolder {
-    /// The run in `path`, which is made if it is not there.
-    pub fn new(path: &Path) -> Result<Self, Error> {
-        fs::create_dir_all(path.join(CHECKPOINTS)).map_err(io(path))?;
-        Ok(Self { path: path.to_owned() })
+    /// The run in `path`, which need not be there yet.
+    pub fn new(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    /// Makes the folder if it is not there.
+    pub fn create(&self) -> Result<(), Error> {
+        fs::create_dir_all(self.path.join(CHECKPOINTS)).map_err(io(&self.path))
     }
 
     /// Its path.
@@ -107,27 +111,26 @@ impl RunFolder {
     ) -> Result<PathBuf, Error> {
         let name = step_name(state.step);
         let folder = self.path.join(CHECKPOINTS).join(&name);
-        let write = || {
-            write_folder(&folder, |partial| {
-                write_model(partial, config, Some(tokenizer), params).map_err(Failure::Run)?;
-                let kinds = [("first", &moments.first), ("second", &moments.second)];
-                let named = kinds.into_iter().flat_map(|(kind, tensors)| {
-                    let entries = table.iter().zip(tensors);
-                    entries.map(move |(spec, m)| (moment_name(kind, spec), spec.shape.clone(), &m[..]))
-                });
-                write_tensors(&partial.join(OPTIMIZER_FILE), named).map_err(|e| Failure::Run(e.into()))?;
-                let json = serde_json::to_vec_pretty(state).expect("a state always serialises");
-                fs::write(partial.join(STATE_FILE), json).map_err(Failure::Folder)
-            })
-        };
-        // A checkpoint of this step can be there already: of a run that was killed before it set the links. It is whole, and
-        // the same to the bit.
-        if !folder.exists() {
-            write().map_err(|e| match e {
-                Failure::Run(e) => e,
-                Failure::Folder(error) => Error::Io { path: folder.clone(), error },
-            })?;
+        // A checkpoint of this step can be there already: of a run that was killed before it set the links. That run may have
+        // had other settings, or been another one altogether.
+        if folder.exists() {
+            fs::remove_dir_all(&folder).map_err(io(&folder))?;
         }
+        write_folder(&folder, |partial| {
+            write_model(partial, config, Some(tokenizer), params).map_err(Failure::Run)?;
+            let kinds = [("first", &moments.first), ("second", &moments.second)];
+            let named = kinds.into_iter().flat_map(|(kind, tensors)| {
+                let entries = table.iter().zip(tensors);
+                entries.map(move |(spec, m)| (moment_name(kind, spec), spec.shape.clone(), &m[..]))
+            });
+            write_tensors(&partial.join(OPTIMIZER_FILE), named).map_err(|e| Failure::Run(e.into()))?;
+            let json = serde_json::to_vec_pretty(state).expect("a state always serialises");
+            fs::write(partial.join(STATE_FILE), json).map_err(Failure::Folder)
+        })
+        .map_err(|e| match e {
+            Failure::Run(e) => e,
+            Failure::Folder(error) => Error::Io { path: folder.clone(), error },
+        })?;
         let target = Path::new(CHECKPOINTS).join(&name);
         self.link(LAST_LINK, &target)?;
         if state.best.is_some_and(|(_, step)| step == state.step) {

@@ -31,10 +31,10 @@ pub struct Corpus {
 }
 
 impl Corpus {
-    /// Tells two corpora apart.
+    /// Tells two corpora apart: the tokens by their SHA-256, what of them is held out by its size.
     fn digest(&self) -> String {
-        let (train, eval) = (self.train.shard().index(), self.eval.shard().index());
-        format!("{}/{}", train.digest, eval.digest)
+        let part = |part: &Part| format!("{}:{}", part.shard().index().digest, part.n_token());
+        format!("{}/{}", part(&self.train), part(&self.eval))
     }
 }
 
@@ -79,6 +79,7 @@ impl Trainer {
     /// A new run in a folder without one, from `params` or freshly initialised.
     pub fn new(folder: RunFolder, config: &Config, settings: Settings, corpus: Corpus) -> Result<Self, Error> {
         folder.check_unused()?;
+        folder.create()?;
         let model = Model::new(config);
         let params = initialise(config, settings.seed);
         let moments = Moments { first: model.zeros(), second: model.zeros() };
@@ -90,8 +91,9 @@ impl Trainer {
     pub fn resume(folder: RunFolder, restored: Restored, settings: Settings, corpus: Corpus) -> Result<Self, Error> {
         let Restored { config, params, moments, mut state } = restored;
         if state.data_digest != corpus.digest() {
-            let problem = "it was trained on other data: give the same --data, or start a new run".to_owned();
-            return Err(Error::State { path: folder.path().to_owned(), problem });
+            let problem =
+                "it was trained on other data, or another part was held out: give the same flags, or start a new run";
+            return Err(Error::State { path: folder.path().to_owned(), problem: problem.to_owned() });
         }
         state.settings = settings;
         let saved = Some(state.step);
