@@ -14,17 +14,39 @@ pub fn param_run() -> Command {
     Command::new(env!("CARGO_BIN_EXE_param-run"))
 }
 
-/// Standard output of a command that must succeed.
-pub fn output_of(command: &mut Command) -> String {
-    let output = command.output().unwrap();
-    assert!(output.status.success(), "{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
+pub fn param_bench() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_param-bench"))
 }
 
-/// Standard error of a command that must fail with this exit code.
+/// Standard output of a command that must succeed.
+pub fn output_of(command: &mut Command) -> String {
+    outputs_of(command).0
+}
+
+/// Standard output and standard error of a command that must succeed.
+pub fn outputs_of(command: &mut Command) -> (String, String) {
+    let Output { status, stdout, stderr } = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&stderr).into_owned();
+    assert!(status.success(), "{command:?}: {status}\n{stderr}");
+    (String::from_utf8(stdout).unwrap(), stderr)
+}
+
+/// Standard error of a command that must fail with this exit code, in good order.
 pub fn failure_of(command: &mut Command, code: i32) -> String {
     let Output { status, stderr, .. } = command.output().unwrap();
     let stderr = String::from_utf8_lossy(&stderr).into_owned();
-    assert_eq!(status.code(), Some(code), "{command:?}: {stderr}");
+    assert_eq!(status.code(), Some(code), "{command:?}: {status}\n{stderr}");
+    assert!(!stderr.contains("panicked"), "{command:?}: {stderr}");
     stderr
+}
+
+/// The same command under a limit on the size of the files it writes, which stands in for a disk that fills up: writing
+/// beyond it fails as on a full disk, with another error number.
+#[cfg(unix)]
+pub fn with_file_limit(command: &Command, n_byte: u64) -> Command {
+    // POSIX counts the limit in blocks of 512 bytes. Where the signal is not ignored, it ends the process.
+    let script = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", n_byte / 512);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", &script]).arg(command.get_program()).args(command.get_args());
+    limited
 }

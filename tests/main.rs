@@ -1,4 +1,6 @@
 //! The integration tests, one binary.
 
 mod command;
+mod fixture;
 mod golden;
+mod pipeline;
