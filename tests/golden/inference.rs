@@ -29,8 +29,7 @@ impl Converted {
     }
 
     fn session(&self, n_thread: usize, n_batch: usize) -> Session {
-        let options =
-            SessionOptions { n_thread: Some(n_thread), n_batch: Some(n_batch), ..SessionOptions::default() };
+        let options = SessionOptions { n_thread: Some(n_thread), n_batch: Some(n_batch), ..SessionOptions::default() };
         Session::new(&self.model, &options).unwrap()
     }
 }
@@ -161,10 +160,10 @@ fn param_run_prints_the_same_tokens_and_writes_the_same_logits() {
     for case in cases() {
         let converted = Converted::new(&case);
         for (name, prompt, expected) in greedy_runs(&case) {
-            let output = output_of(run(&converted.gguf, &prompt, &["--overflow", "window", "--print-tokens"]).args([
-                "-n",
-                &expected.len().to_string(),
-            ]));
+            let output = output_of(
+                run(&converted.gguf, &prompt, &["--overflow", "window", "--print-tokens"])
+                    .args(["-n", &expected.len().to_string()]),
+            );
             assert_eq!(output.trim(), comma_separated(&expected), "{}/{name}", case.name());
         }
         let arrays = case.arrays("eval.npz");

@@ -32,7 +32,9 @@ impl<'a> Mat<'a> {
 }
 
 fn fits(len: usize, rows: usize, cols: usize, row_stride: usize) -> bool {
-    rows == 0 || cols == 0 || (cols <= row_stride && (rows - 1).checked_mul(row_stride).is_some_and(|n| n + cols <= len))
+    rows == 0
+        || cols == 0
+        || (cols <= row_stride && (rows - 1).checked_mul(row_stride).is_some_and(|n| n + cols <= len))
 }
 
 /// Where a product goes: as it is, or added to what is there.
