@@ -3,4 +3,5 @@
 mod command;
 mod fixture;
 mod golden;
+mod hostile;
 mod pipeline;

@@ -8,7 +8,7 @@ mod report;
 mod source;
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -87,8 +87,9 @@ fn run(args: &Args) -> Result<ExitCode> {
         return Ok(ExitCode::from(cli::INTERRUPTED));
     };
     let n_bytes = std::fs::metadata(&args.out)?.len();
-    print!("{}", report::table(&plan, &converted));
-    println!("{}: {}", args.out.display(), indicatif::BinaryBytes(n_bytes));
+    let mut stdout = std::io::stdout();
+    write!(stdout, "{}", report::table(&plan, &converted))?;
+    writeln!(stdout, "{}: {}", args.out.display(), indicatif::BinaryBytes(n_bytes))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -99,7 +100,7 @@ fn check_output(out: &Path) -> Result<()> {
     }
     let Ok(mut file) = File::open(out) else { return Ok(()) };
     let mut start = Vec::new();
-    file.by_ref().take(gguf::MAGIC.len() as u64).read_to_end(&mut start)?;
+    Read::by_ref(&mut file).take(gguf::MAGIC.len() as u64).read_to_end(&mut start)?;
     if !start.is_empty() && start != gguf::MAGIC {
         bail!(Usage(format!("{}: is there and is not a GGUF file; it is not replaced", out.display())));
     }

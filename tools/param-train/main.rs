@@ -22,7 +22,7 @@ use param_train::checkpoint::{RunFolder, read_model, write_model};
 use param_train::cpu::Model;
 use param_train::data::{Batches, DataError, Vocabulary};
 use param_train::init::initialise;
-use param_train::settings::{Dropping, Settings};
+use param_train::settings::Settings;
 use param_train::trainer::{Corpus, Outcome, Trainer, evaluate_part};
 
 use args::{Flags, Training};
@@ -86,19 +86,20 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
         None => Tokenizer::from_file(&Checkpoint::open(checkpoint)?.folder().join(TOKENIZER_FILE))?,
     };
     tokenizer.check_fits(config.n_vocab)?;
+    let context = flags.model.context.unwrap_or(config.n_ctx);
+    let settings = Settings { context, ..flags.training.apply(Training::defaults(&config, 1)) };
+    settings.check(&config)?;
     let choice = DataChoice::from_flags(&flags.data, 0)?;
     let cache = tempfile::tempdir().context("a temporary folder for tokens")?;
     let part = choice.everything(cache.path(), &tokenizer, stop)?;
-    let context = flags.model.context.unwrap_or(config.n_ctx);
-    if context > config.n_ctx {
-        bail!(Usage(format!("--context {context} is more than the model's {} positions", config.n_ctx)));
-    }
-    let rows = (context, flags.training.batch_size.unwrap_or(16));
-    let dropping = if flags.training.capacity { Dropping::ByCapacity } else { Dropping::Never };
+    let rows = (context, settings.batch_size);
     let mut model = Model::new(&config);
-    let Some(record) = evaluate_part(&mut model, &params, &tokenizer, part, rows, dropping, stop)? else {
+    let Some(record) = evaluate_part(&mut model, &params, &tokenizer, part, rows, settings.dropping, stop)? else {
         return Ok(ExitCode::from(cli::INTERRUPTED));
     };
+    if !record.eval_loss.is_finite() {
+        bail!("{}: the loss is {}: the weights are damaged", checkpoint.display(), record.eval_loss);
+    }
     writeln!(
         stdout(),
         "loss {:.6} nats/token, {:.6} bits/byte over {} tokens",
@@ -164,6 +165,7 @@ fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer
     let last = folder.last().context("restored from it")?;
     let tokenizer = Tokenizer::from_file(&last.join(TOKENIZER_FILE))?;
     let settings = flags.training.apply(restored.state.settings.clone());
+    settings.check(&restored.config)?;
     let choice = if flags.data.data.is_empty() {
         DataChoice::load(folder.path())?
     } else {

@@ -435,6 +435,19 @@ mod tests {
     }
 
     #[test]
+    fn llama_3s_splitting_is_told_apart_from_gpt_2s() {
+        let bpe = small_bpe();
+        let tokens = bpe.entries().iter().map(|(t, _)| t.as_str()).collect::<Vec<_>>();
+        let merges = bpe.merges().iter().map(String::as_str).collect::<Vec<_>>();
+        let llama = Tokenizer::from_lists(&tokens, |id| id == 0, &merges, LLAMA_3, Some(0)).unwrap();
+        assert_eq!((llama.pre(), llama.bos()), (LLAMA_3, Some(0)));
+        let text = "I'M 1234567 naïve\n\n  😀";
+        assert_eq!(llama.decode(&llama.encode(text).unwrap()), text);
+        let error = Tokenizer::from_lists(&tokens, |_| false, &merges, "qwen2", None).unwrap_err().to_string();
+        assert!(error.contains("qwen2") && error.contains("llama-bpe"), "{error}");
+    }
+
+    #[test]
     fn other_kinds_and_broken_files_are_refused_by_name() {
         for json in ["", "{}", "[1]", r#"{"model": {"type": "Unigram", "vocab": []}}"#] {
             let error = Tokenizer::from_json(json.to_owned(), "some/tokenizer.json").unwrap_err().to_string();

@@ -106,18 +106,23 @@ fn within(text: &str, len: usize) -> &str {
 /// As for [`sample`], but all of every file is looked at.
 pub fn alphabet(sources: &[SourceFile], text_field: &str) -> Result<BTreeSet<char>, DataError> {
     let mut seen = vec![false; char::MAX as usize + 1]; // [0x110000]
-    let mut reader = Reader::new(sources);
+    let (mut reader, mut skipped) = (Reader::new(sources), Skipped::default());
     for block in reader.by_ref() {
-        for piece in block?.pieces(text_field) {
-            if let Piece::Text { text, .. } = piece {
-                text.chars().for_each(|c| seen[c as usize] = true);
+        let block = block?;
+        for piece in block.pieces(text_field) {
+            match piece {
+                Piece::Text { text, .. } => text.chars().for_each(|c| seen[c as usize] = true),
+                Piece::BadLine { reason, line } => {
+                    skipped.add(reason, 1, || format!("{}:{line}", sources[block.file].path.display()));
+                }
             }
         }
     }
     let alphabet: BTreeSet<char> = ('\0'..=char::MAX).filter(|&c| seen[c as usize]).collect();
     if alphabet.is_empty() {
         let paths: Vec<_> = sources.iter().map(|s| &s.path).collect();
-        return Err(DataError::NoText { inputs: join(&paths), skipped: reader.skipped });
+        skipped.merge(reader.skipped);
+        return Err(DataError::NoText { inputs: join(&paths), skipped });
     }
     Ok(alphabet)
 }
