@@ -3,8 +3,8 @@
 # quantizes it and lets it write. tools/quickstart.sh FILE... trains on your own text.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
-out="${PARAM_QUICKSTART_OUT:-$root/runs/quickstart}"
-steps="${PARAM_QUICKSTART_STEPS:-800}"
+out="$root/runs/quickstart"
+steps=800
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -17,18 +17,20 @@ cargo build --release --manifest-path "$root/Cargo.toml"
 bin="${CARGO_TARGET_DIR:-$root/target}/release"
 
 if [ $# -gt 0 ]; then
+    # A folder of its own: what was trained on someone's text is not replaced.
+    out="$root/runs/$(basename "$1")-$(date +%Y%m%d-%H%M%S)"
     data=("$@")
     prompt=""
 else
     # Real text that the build has just downloaded: sources and documentation of some of the libraries we use.
+    rm -rf "$out"
     registry="${CARGO_HOME:-$HOME/.cargo}/registry/src"
-    data=("$registry"/*/{anyhow,clap,clap_builder,rayon,rayon-core,regex,regex-automata,serde,serde_json,tempfile}-[0-9]*)
+    data=("$registry"/*/{anyhow,clap,clap_builder,rayon,rayon-core,regex,regex-automata,serde,serde_json,tempfile}-[0-9]* --ext rs,md)
     prompt="    pub fn "
 fi
 
-say "3/5 training param-tiny for $steps steps, about a minute, on ${#data[@]} files or folders"
-rm -rf "$out"
-"$bin/param-train" --data "${data[@]}" --ext rs,md,txt,jsonl --out "$out" --preset param-tiny \
+say "3/5 training param-tiny for $steps steps, about a minute"
+"$bin/param-train" --data "${data[@]}" --out "$out" --preset param-tiny \
     --steps "$steps" --eval-batches 20 --sample-prompt "$prompt" --log-every 50
 
 say "4/5 quantizing"

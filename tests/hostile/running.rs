@@ -8,7 +8,7 @@ use gguf::{GgmlType, Gguf, TensorInfo, Value};
 use param_model::Tokenizer;
 
 use super::{assert_names, cuts, end_of, flips, rewrite, same};
-use crate::command::{failure_of, output_of, param_bench, param_run};
+use crate::command::{failure_of, output_of, param_bench, param_convert, param_run, param_train};
 use crate::fixture::{Trained, assert_unchanged, contents, write};
 
 fn run(model: &std::path::Path) -> Command {
@@ -229,9 +229,13 @@ fn an_output_that_is_full_is_an_error() {
     for command in [run(&gguf).args(["-p", "the"]), &mut bench] {
         assert_names(&failure_of_with(command.stdout(full())), &["No space left"]);
     }
-    let mut evaluate = crate::command::param_train();
+    let mut evaluate = param_train();
     evaluate.args(["--eval", "--checkpoint"]).arg(trained.run()).arg("--data").arg(trained.data());
-    assert_names(&failure_of_with(evaluate.stdout(full())), &["No space left"]);
+    let mut convert = param_convert();
+    convert.arg(trained.run()).arg(&gguf);
+    for command in [&mut evaluate, &mut convert] {
+        assert_names(&failure_of_with(command.stdout(full())), &["No space left"]);
+    }
 }
 
 /// Like [`failure_of`] for a command whose standard output goes elsewhere.

@@ -157,7 +157,8 @@ impl Tokenizer {
         encode(&self.plain, text)
     }
 
-    /// Token ids of a prompt: begin-of-text where the tokenizer puts one, special tokens recognised by name.
+    /// Token ids of a prompt: begin-of-text where the tokenizer puts one, special tokens recognised by name. An empty prompt
+    /// becomes the end of another text, where a model has learned to begin a new one.
     pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>, Error> {
         let marked = self.marked.get_or_init(|| {
             let mut marked = self.plain.clone();
@@ -166,6 +167,9 @@ impl Tokenizer {
         });
         let mut ids = Vec::from_iter(self.bos);
         ids.extend(encode(marked, text)?);
+        if ids.is_empty() {
+            ids.extend(self.end_of_text);
+        }
         Ok(ids)
     }
 
@@ -396,6 +400,7 @@ mod tests {
         assert!(!tokenizer.encode("a<|endoftext|>b").unwrap().contains(&end));
         assert_eq!(tokenizer.encode_prompt("a<|endoftext|>").unwrap().last(), Some(&end));
         assert_eq!(tokenizer.decode(&[end]), "");
+        assert_eq!(tokenizer.encode_prompt("").unwrap(), [end]);
     }
 
     #[test]

@@ -234,7 +234,7 @@ impl Trainer {
         let settings = &state.settings;
         let mut ids = corpus.tokenizer.encode_prompt(&settings.sample_prompt)?;
         if ids.is_empty() {
-            ids.push(corpus.tokenizer.end_of_text().unwrap_or(0));
+            ids.push(0); // a tokenizer without any mark to start from: some token has to
         }
         let mut rng = stream(settings.seed, FIRST_SAMPLE_STREAM + state.step);
         let ids = sample(&mut self.model, &self.params, ids, settings.sample_tokens, &mut rng);
