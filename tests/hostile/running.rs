@@ -181,7 +181,6 @@ fn prompts_that_cannot_be_run_are_refused() {
     let long = "a".repeat(40);
     for (flags, parts) in [
         (vec!["-p".into(), long], vec!["40", "context of 32", "shorten the prompt"]),
-        (vec!["-p".into(), String::new()], vec!["at least one token"]),
         (vec!["--tokens".into(), format!("1,{n_vocab}")], vec!["is outside the vocabulary"]),
         (vec!["-f".into(), binary.display().to_string()], vec!["binary", "UTF-8"]),
         (vec!["-f".into(), "absent.txt".into()], vec!["absent.txt", "No such file"]),

@@ -147,6 +147,13 @@ fn conversation_answers_line_after_line_until_its_input_ends() {
 }
 
 #[test]
+fn an_empty_prompt_begins_a_text() {
+    let trained = Trained::new(20, &[], None);
+    let flags = ["-p", "", "-n", "5", "--temp", "0", "--ignore-eos", "--print-tokens"];
+    assert_eq!(output_of(&mut run(&trained, &flags)).split(',').count(), 5);
+}
+
+#[test]
 fn nothing_but_generated_text_goes_to_standard_output() {
     let trained = Trained::new(5, &[], None);
     let (out, log) = outputs_of(&mut run(&trained, &["-p", "the", "-n", "0"]));

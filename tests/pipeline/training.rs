@@ -101,10 +101,9 @@ fn the_loss_falls_with_every_schedule_and_layout_and_with_capacity() {
         assert!(losses[79] < losses[0] - 0.7, "{flags:?}: {losses:?}");
         assert!(evaluated[7] < evaluated[0], "{flags:?}: {evaluated:?}");
         let rates = series(&run, "lr");
-        assert!(
-            rates[0] < rates[3] && (rates[79] < 0.2 * rates[10]) == !flags.contains(&"--schedule=constant"),
-            "{rates:?}"
-        );
+        assert!(rates[0] < rates[3], "{flags:?}: no warmup in {rates:?}");
+        let decays = rates[79] < 0.2 * rates[10];
+        assert_ne!(decays, flags.contains(&"--schedule=constant"), "{flags:?}: {rates:?}");
         let dropped = series(&run, "n_dropped").iter().sum::<f64>();
         assert_eq!(dropped > 0.0, flags.contains(&"--capacity"), "{flags:?}: {dropped} dropped");
     }
