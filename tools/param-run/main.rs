@@ -76,7 +76,7 @@ struct Args {
 #[derive(clap::Args)]
 struct SamplingArgs {
     /// Below 1 sharpens, above 1 flattens, 0 always takes the most likely token
-    #[arg(long = "temp", value_name = "T", default_value_t = SamplerOptions::default().temperature)]
+    #[arg(long = "temp", value_name = "T", default_value_t = SamplerOptions::default().temperature, allow_negative_numbers = true)]
     temperature: f32,
     /// Choose among the K most likely tokens; 0 for all
     #[arg(long, value_name = "K", default_value_t = SamplerOptions::default().top_k)]

@@ -146,6 +146,11 @@ fn in_file<T>(path: &Path, result: Result<T>) -> Result<T> {
 
 fn map(path: &Path) -> Result<Bytes> {
     let file = File::open(path)?;
+    if file.metadata()?.is_dir() {
+        return Err(
+            std::io::Error::new(std::io::ErrorKind::IsADirectory, "is a folder: name the GGUF file in it").into()
+        );
+    }
     // An empty file cannot be mapped on every system; it is then reported as having no magic.
     if file.metadata()?.len() == 0 {
         return Ok(Bytes::Owned(Vec::new()));

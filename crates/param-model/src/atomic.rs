@@ -8,11 +8,16 @@ use std::path::{Path, PathBuf};
 pub const PARTIAL_SUFFIX: &str = ".partial";
 
 /// Writes a file through `write` and puts it at `path` only once it is complete and on disk. On any error the file
-/// that stood at `path` is untouched and nothing else is left.
+/// that stood at `path` is untouched and nothing else is left. What is no regular file (a folder, a device) is not replaced.
 pub fn write_file<T, E: From<io::Error>>(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<&File>) -> Result<T, E>,
 ) -> Result<T, E> {
+    if path.metadata().is_ok_and(|there| !there.is_file()) {
+        return Err(
+            io::Error::new(io::ErrorKind::InvalidInput, "is there and is no regular file: it is not replaced").into()
+        );
+    }
     let temp = tempfile::Builder::new()
         .prefix(&format!(".{}", path.file_name().unwrap_or_default().to_string_lossy()))
         .suffix(PARTIAL_SUFFIX)
@@ -123,6 +128,15 @@ mod tests {
         assert_eq!(error.unwrap_err().to_string(), "disk full");
         assert_eq!(std::fs::read(&path).unwrap(), b"old");
         assert_eq!(names(folder.path()), ["a"]);
+    }
+
+    #[test]
+    fn folders_and_devices_are_not_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |path: &Path| write_file(path, |out| out.write_all(b"x")).unwrap_err().kind();
+        assert_eq!(write(folder.path()), io::ErrorKind::InvalidInput);
+        #[cfg(unix)]
+        assert_eq!(write(Path::new("/dev/null")), io::ErrorKind::InvalidInput);
     }
 
     #[test]

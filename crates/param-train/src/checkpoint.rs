@@ -19,6 +19,8 @@ const CHECKPOINTS: &str = "checkpoints";
 const STATE_FILE: &str = "state.json";
 const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 const STEP_PREFIX: &str = "step-";
+/// Marks the checkpoint of an open step: closing the step writes another, and the name of neither is ever free in between.
+const OPEN_SUFFIX: &str = "-open";
 /// Raised when an older state could no longer be continued.
 const VERSION: u32 = 1;
 
@@ -29,6 +31,8 @@ pub struct State {
     pub version: u32,
     /// Steps done.
     pub step: u64,
+    /// Whether what is due after the last step (evaluation, sample) has still to be done: it was interrupted.
+    pub is_step_open: bool,
     /// Targets trained on so far.
     pub n_target: u64,
     /// Seconds of training so far.
@@ -44,7 +48,16 @@ pub struct State {
 impl State {
     /// The state before the first step.
     pub fn new(settings: Settings, data_digest: String) -> Self {
-        Self { version: VERSION, step: 0, n_target: 0, seconds: 0.0, best: None, settings, data_digest }
+        Self {
+            version: VERSION,
+            step: 0,
+            is_step_open: false,
+            n_target: 0,
+            seconds: 0.0,
+            best: None,
+            settings,
+            data_digest,
+        }
     }
 }
 
@@ -109,7 +122,7 @@ impl RunFolder {
         moments: &Moments,
         state: &State,
     ) -> Result<PathBuf, Error> {
-        let name = step_name(state.step);
+        let name = step_name(state);
         let folder = self.path.join(CHECKPOINTS).join(&name);
         // A checkpoint of this step can be there already: of a run that was killed before it set the links. That run may have
         // had other settings, or been another one altogether.
@@ -151,13 +164,21 @@ impl RunFolder {
         let mut steps = Vec::new();
         for entry in fs::read_dir(&folder).map_err(io(&folder))? {
             let name = entry.map_err(io(&folder))?.file_name();
-            let number = name.to_str().and_then(|n| n.strip_prefix(STEP_PREFIX)).and_then(|n| n.parse::<u64>().ok());
-            steps.extend(number);
+            let Some(number) = name.to_str().and_then(|n| n.strip_prefix(STEP_PREFIX)) else { continue };
+            match number.strip_suffix(OPEN_SUFFIX) {
+                // Superseded as soon as anything newer is saved.
+                Some(_) if name.to_str() != Some(&step_name(state)) => {
+                    let old = folder.join(&name);
+                    fs::remove_dir_all(&old).map_err(io(&old))?;
+                }
+                Some(_) => {}
+                None => steps.extend(number.parse::<u64>().ok().map(|step| (step, name))),
+            }
         }
         steps.sort_by(|a, b| b.cmp(a));
         let best = state.best.map(|(_, step)| step);
-        for step in steps.into_iter().skip(state.settings.keep).filter(|&s| Some(s) != best) {
-            let old = folder.join(step_name(step));
+        for (_, name) in steps.into_iter().skip(state.settings.keep).filter(|(step, _)| Some(*step) != best) {
+            let old = folder.join(name);
             fs::remove_dir_all(&old).map_err(io(&old))?;
         }
         Ok(())
@@ -230,8 +251,9 @@ fn moment_name(kind: &str, spec: &TensorSpec) -> String {
     format!("{kind}.{}", spec.checkpoint)
 }
 
-fn step_name(step: u64) -> String {
-    format!("{STEP_PREFIX}{step:08}")
+fn step_name(state: &State) -> String {
+    let suffix = if state.is_step_open { OPEN_SUFFIX } else { "" };
+    format!("{STEP_PREFIX}{:08}{suffix}", state.step)
 }
 
 fn read_state(path: &Path) -> Result<State, Error> {

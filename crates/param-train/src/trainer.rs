@@ -71,8 +71,8 @@ pub struct Trainer {
     batches: Batches,
     folder: RunFolder,
     metrics: Metrics,
-    /// Step of the newest checkpoint.
-    saved: Option<u64>,
+    /// Step of the newest checkpoint, and whether it was open.
+    saved: Option<(u64, bool)>,
 }
 
 impl Trainer {
@@ -96,7 +96,7 @@ impl Trainer {
             return Err(Error::State { path: folder.path().to_owned(), problem: problem.to_owned() });
         }
         state.settings = settings;
-        let saved = Some(state.step);
+        let saved = Some((state.step, state.is_step_open));
         Self::start(folder, Model::new(&config), params, moments, state, corpus, saved)
     }
 
@@ -107,7 +107,7 @@ impl Trainer {
         moments: Moments,
         state: State,
         corpus: Corpus,
-        saved: Option<u64>,
+        saved: Option<(u64, bool)>,
     ) -> Result<Self, Error> {
         let settings = &state.settings;
         settings.check(model.config())?;
@@ -140,8 +140,14 @@ impl Trainer {
 
     /// Trains until all steps are done or `stop` is set, saving either way.
     pub fn run(&mut self, stop: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome, Error> {
-        let total = self.state.settings.schedule.total;
-        while self.state.step < total {
+        loop {
+            if self.state.is_step_open && !self.close_step(stop, observe)? {
+                self.save(observe)?;
+                return Ok(Outcome::Stopped);
+            }
+            if self.state.step >= self.state.settings.schedule.total {
+                return Ok(Outcome::Finished);
+            }
             if stop.load(Ordering::Relaxed) {
                 self.save(observe)?;
                 return Ok(Outcome::Stopped);
@@ -149,19 +155,34 @@ impl Trainer {
             let record = self.step()?;
             self.metrics.write(&record)?;
             observe(Event::Step(&record));
-            let due = |every: u64| record.step == total || (every > 0 && record.step.is_multiple_of(every));
-            let settings = &self.state.settings;
-            let (evaluate, save) = (due(settings.eval_every), due(settings.save_every));
-            let sample = settings.sample_every > 0 && due(settings.sample_every);
-            let improved = evaluate && self.evaluate(stop, observe)?;
-            if sample {
-                self.sample(observe)?;
-            }
-            if save || improved {
-                self.save(observe)?;
-            }
+            self.state.is_step_open = true;
         }
-        Ok(Outcome::Finished)
+    }
+
+    /// What is due after a step: evaluation, sample, checkpoint. False if `stop` cut the evaluation short: the step then stays
+    /// open, and a resumed run begins with it.
+    fn close_step(&mut self, stop: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<bool, Error> {
+        let Settings { schedule, eval_every, save_every, sample_every, .. } = self.state.settings;
+        let step = self.state.step;
+        let due = |every: u64| step == schedule.total || (every > 0 && step.is_multiple_of(every));
+        let mut improved = false;
+        if due(eval_every) {
+            let Some(record) = self.evaluate(stop)? else { return Ok(false) };
+            improved = self.state.best.is_none_or(|(loss, _)| record.eval_loss < loss);
+            if improved {
+                self.state.best = Some((record.eval_loss, step));
+            }
+            self.metrics.write(&record)?;
+            observe(Event::Evaluated(&record));
+        }
+        if sample_every > 0 && due(sample_every) {
+            self.sample(observe)?;
+        }
+        self.state.is_step_open = false;
+        if due(save_every) || improved {
+            self.save(observe)?;
+        }
+        Ok(true)
     }
 
     /// One optimizer step.
@@ -211,22 +232,13 @@ impl Trainer {
         })
     }
 
-    /// Evaluates the held-out part; returns whether it was the best so far.
-    fn evaluate(&mut self, stop: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<bool, Error> {
+    /// Evaluates the held-out part; `None` if `stop` was set.
+    fn evaluate(&mut self, stop: &AtomicBool) -> Result<Option<EvalRecord>, Error> {
         let settings = &self.state.settings;
         let batches = evaluation(&self.corpus.eval, &self.vocabulary, settings)?;
         let limit = if settings.eval_batches == 0 { usize::MAX } else { settings.eval_batches };
         let (dropping, step) = (settings.dropping, self.state.step);
-        let Some(record) = evaluate(&mut self.model, &self.params, batches.take(limit), dropping, step, stop)? else {
-            return Ok(false);
-        };
-        self.metrics.write(&record)?;
-        observe(Event::Evaluated(&record));
-        let improved = self.state.best.is_none_or(|(loss, _)| record.eval_loss < loss);
-        if improved {
-            self.state.best = Some((record.eval_loss, record.step));
-        }
-        Ok(improved)
+        evaluate(&mut self.model, &self.params, batches.take(limit), dropping, step, stop)
     }
 
     fn sample(&mut self, observe: &mut dyn FnMut(Event)) -> Result<(), Error> {
@@ -246,12 +258,13 @@ impl Trainer {
 
     /// Saves a checkpoint unless this step's is there already.
     fn save(&mut self, observe: &mut dyn FnMut(Event)) -> Result<(), Error> {
-        if self.saved == Some(self.state.step) {
+        let now = Some((self.state.step, self.state.is_step_open));
+        if self.saved == now {
             return Ok(());
         }
         let Self { model, params, moments, state, corpus, folder, .. } = self;
         let path: PathBuf = folder.save(model.config(), &corpus.tokenizer, model.table(), params, moments, state)?;
-        self.saved = Some(self.state.step);
+        self.saved = now;
         observe(Event::Saved(&path));
         Ok(())
     }
