@@ -1,5 +1,6 @@
 //! The table of kernels: every body compiled once per instruction set, and the choice made once per process.
 
+use crate::quant::{ActivationBlock, TILE_ROWS};
 use half::f16;
 use std::sync::OnceLock;
 
@@ -32,6 +33,8 @@ macro_rules! kernels {
 
         kernels!(@x86 avx2 "avx2" "avx2,fma,f16c" Avx2 $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
         kernels!(@x86 avx512 "avx512" "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c" Avx512
+            $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
+        kernels!(@x86 avx512vnni "avx512vnni" "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c" Avx512Vnni
             $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
     };
     (@x86 $table:ident $name:literal $features:literal $isa:ident
@@ -85,6 +88,15 @@ kernels! {
     /// Largest element, `-inf` of an empty row; NaN is passed over.
     max = softmax::max(x: &[f32]) -> f32;
 
+    /// `out[t] = W x[t]` of a tile of 16 rows of Q4_K: see [`crate::TileFormat::matmul`].
+    matmul_q4_k = quant::matmul_q4_k(tile: &[u8], x: &[&[ActivationBlock]], out: &mut [[f32; TILE_ROWS]]);
+
+    /// `out[t] = W x[t]` of a tile of 16 rows of Q8_0: see [`crate::TileFormat::matmul`].
+    matmul_q8_0 = quant::matmul_q8_0(tile: &[u8], x: &[&[ActivationBlock]], out: &mut [[f32; TILE_ROWS]]);
+
+    /// Quantizes `x` [n] to the nearest of 255 steps in each of `out`'s blocks [n / 32]. False if a number is not finite.
+    quantize_row = quant::quantize_row(x: &[f32], out: &mut [ActivationBlock]) -> bool;
+
     /// Softmax of one row in place. A row of nothing but `-inf` becomes NaN, as in PyTorch.
     softmax = softmax::softmax(x: &mut [f32]);
 
@@ -123,6 +135,9 @@ impl Kernels {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
+            if avx512 && avx2 && is_x86_feature_detected!("avx512vnni") {
+                tables.push(&avx512vnni::TABLE);
+            }
             if avx512 && avx2 {
                 tables.push(&avx512::TABLE);
             }
@@ -134,7 +149,12 @@ impl Kernels {
         tables
     }
 
-    /// Name of the instruction set, for reports: `avx512`, `avx2` or `baseline`.
+    /// Whether it has int8 dot products, without which tiles of quantized weights gain nothing.
+    pub fn has_int8(&self) -> bool {
+        self.isa != baseline::TABLE.isa
+    }
+
+    /// Name of the instruction set, for reports: `avx512vnni`, `avx512`, `avx2` or `baseline`.
     pub fn isa(&self) -> &'static str {
         self.isa
     }

@@ -1,6 +1,7 @@
 //! What the kernel bodies ask of an instruction set. Everything else the compiler vectorises by itself once a body is
 //! inlined into a function that enables the features.
 
+use crate::quant::{Int8, Scalar};
 use half::f16;
 
 /// Width every body is written for: one AVX-512 register, two AVX2, four NEON or SSE2.
@@ -14,6 +15,9 @@ pub(crate) type Lanes = [f32; LANES];
 pub(crate) trait Isa {
     /// Whether a fused multiply-add is one instruction. Where it is not, `mul_add` would call the C library.
     const FMA: bool;
+
+    /// How it multiplies quantized weights.
+    type Int8: Int8;
 
     /// Exact conversion to f32.
     #[inline(always)]
@@ -49,14 +53,16 @@ pub(crate) struct Baseline;
 
 impl Isa for Baseline {
     const FMA: bool = cfg!(target_arch = "aarch64");
+    type Int8 = Scalar;
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512};
+pub(crate) use x86::{Avx2, Avx512, Avx512Vnni};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Isa, LANES, Lanes};
+    use crate::quant::{Avx2Int8, Vnni};
     use half::f16;
     use std::arch::x86_64::*;
 
@@ -65,6 +71,7 @@ mod x86 {
 
     impl Isa for Avx2 {
         const FMA: bool = true;
+        type Int8 = Avx2Int8;
 
         #[inline(always)]
         fn widen(x: &[f16; LANES]) -> Lanes {
@@ -85,6 +92,7 @@ mod x86 {
 
     impl Isa for Avx512 {
         const FMA: bool = true;
+        type Int8 = Avx2Int8;
 
         #[inline(always)]
         fn widen(x: &[f16; LANES]) -> Lanes {
@@ -92,6 +100,19 @@ mod x86 {
             // SAFETY: reads 16 f16, writes 16 f32; AVX-512F is enabled wherever Avx512 is named.
             unsafe { _mm512_storeu_ps(y.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast()))) };
             y
+        }
+    }
+
+    /// AVX-512 F, BW, DQ, VL and VNNI.
+    pub(crate) struct Avx512Vnni;
+
+    impl Isa for Avx512Vnni {
+        const FMA: bool = true;
+        type Int8 = Vnni;
+
+        #[inline(always)]
+        fn widen(x: &[f16; LANES]) -> Lanes {
+            Avx512::widen(x)
         }
     }
 }

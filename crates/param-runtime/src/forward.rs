@@ -133,7 +133,7 @@ impl Forward {
         self.norm(&model.output_norm, n_token - n_row..n_token, config.norm_eps);
         let head = model.head();
         let x = &self.normed[..n_row * n_embd];
-        self.activations.convert(&mut self.team, &head.kernel, x, n_embd, "the logits")?;
+        self.activations.convert(&mut self.team, head, x, n_embd, "the logits")?;
         let n_logit = (at + n_row).saturating_mul(n_vocab);
         resize("the logits", &mut self.logits, n_logit)?;
         matmul(
@@ -197,9 +197,9 @@ impl Forward {
         let normed = &self.normed[..n];
         let inputs = [(&block.q, &mut self.q), (&block.k, &mut self.k), (&block.v, &mut self.v)];
         for (i, (linear, out)) in inputs.into_iter().enumerate() {
-            let kernel = &linear.weight.kernel;
-            if i == 0 || !self.activations.fit(kernel) {
-                self.activations.convert(&mut self.team, kernel, normed, n_embd, &linear.weight.name)?;
+            let weight = &linear.weight;
+            if i == 0 || !self.activations.fit(weight) {
+                self.activations.convert(&mut self.team, weight, normed, n_embd, &weight.name)?;
             }
             project(
                 &mut self.team,
@@ -243,7 +243,7 @@ impl Forward {
 
         let linear = &block.out;
         let attended = &self.y[..n];
-        self.activations.convert(&mut self.team, &linear.weight.kernel, attended, n_embd, &linear.weight.name)?;
+        self.activations.convert(&mut self.team, &linear.weight, attended, n_embd, &linear.weight.name)?;
         matmul(
             &mut self.team,
             &mut self.scratch,
@@ -281,7 +281,7 @@ impl Forward {
         let n_row = n_token * n_used;
 
         let up = &block.ffn.up;
-        self.activations.convert(&mut self.team, &up.weight.kernel, normed, n_embd, &up.weight.name)?;
+        self.activations.convert(&mut self.team, &up.weight, normed, n_embd, &up.weight.name)?;
         let hidden = &mut self.hidden[..n_row * n_ff];
         let gelu = match activation {
             Activation::GeluErf => Kernels::gelu_erf,
@@ -302,7 +302,7 @@ impl Forward {
             },
         )?;
         let down = &block.ffn.down;
-        self.activations.convert(&mut self.team, &down.weight.kernel, hidden, n_ff, &down.weight.name)?;
+        self.activations.convert(&mut self.team, &down.weight, hidden, n_ff, &down.weight.name)?;
         let expert_out = &mut self.expert_out[..n_row * n_embd];
         project(&mut self.team, &mut self.scratch, kernels, &model.gguf, down, &self.activations, &groups, expert_out)?;
 

@@ -14,6 +14,7 @@ mod routing;
 mod sampler;
 mod session;
 mod text;
+mod tiles;
 mod trace;
 mod weights;
 

@@ -5,14 +5,15 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use gguf::Gguf;
-use param_kernels::Team;
+use param_kernels::{Kernels, MAX_TOKENS, TILE_ROWS, Team};
 
 use crate::activations::{Activations, into_result, keep_first};
 use crate::error::{Error, Result};
+use crate::tiles::Tiles;
 use crate::weights::Matrix;
 
 /// A tile's weights stay in the first-level cache while all of its tokens pass over them.
-const TILE_BYTES: usize = 24 * 1024;
+const TILE_BYTES: usize = 28 * 1024;
 /// Bounds of a tile's width: enough work to claim, few enough columns that small matrices still occupy every thread.
 const TILE_COLS: Range<usize> = 8..64;
 /// Widest tile of a single token: there is no reuse, so balance counts.
@@ -20,8 +21,8 @@ const TILE_COLS_DECODE: usize = 16;
 
 /// What each thread needs for itself.
 pub(crate) struct Scratch {
-    /// One token's outputs in a tile.
-    dots: [f32; TILE_COLS.end],
+    /// Outputs of some tokens in a tile.
+    dots: [[f32; TILE_COLS.end]; MAX_TOKENS],
     /// [QUERY_TILE, head_dim]: queries gathered and scaled, and what attention makes of them.
     pub queries: Vec<f32>,
     pub attended: Vec<f32>,
@@ -30,7 +31,7 @@ pub(crate) struct Scratch {
 impl Scratch {
     pub fn new(n_query_element: usize) -> Scratch {
         Scratch {
-            dots: [0.0; TILE_COLS.end],
+            dots: [[0.0; TILE_COLS.end]; MAX_TOKENS],
             queries: vec![0.0; n_query_element],
             attended: vec![0.0; n_query_element],
         }
@@ -43,6 +44,13 @@ pub(crate) struct Groups<'a> {
     pub matrices: &'a [usize],
     /// Where each group starts, and where the last ends: [n_group + 1].
     pub row_starts: &'a [usize],
+}
+
+impl Groups<'_> {
+    /// Whether every group has one row.
+    fn are_single(&self) -> bool {
+        self.row_starts.last() == Some(&self.matrices.len())
+    }
 }
 
 /// For every row of `out` [n_row, weights.n_row] and tile of columns: `dots = weights[matrix][cols] · x[source(row)]`, then
@@ -58,18 +66,20 @@ pub(crate) fn matmul(
     out: &mut [f32],
     finish: impl Fn(usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
 ) -> Result<()> {
+    if let Some(tiles) = &weights.tiles {
+        multiply_tiles(team, scratch, tiles, weights.n_row, x, groups, source, out, finish);
+        return Ok(());
+    }
     let data = weights.data(gguf)?; // [n_matrix, n_row, row_bytes]
     let (n_out, row_bytes) = (weights.n_row, weights.row_bytes);
-    let n_group = groups.matrices.len();
-    let single = groups.row_starts[n_group] == n_group;
-    let widest = if single { TILE_COLS_DECODE } else { TILE_COLS.end };
+    let widest = if groups.are_single() { TILE_COLS_DECODE } else { TILE_COLS.end };
     let tile_cols = (TILE_BYTES / row_bytes).clamp(TILE_COLS.start, widest);
     let failure = Mutex::new(None);
     team.for_each_tile(scratch, out, n_out, groups.row_starts, tile_cols, |scratch, mut tile| {
         let (matrix, cols) = (groups.matrices[tile.group()], tile.cols());
         let first = matrix * n_out;
         let rows = &data[(first + cols.start) * row_bytes..(first + cols.end) * row_bytes];
-        let dots = &mut scratch.dots[..cols.len()];
+        let dots = &mut scratch.dots[0][..cols.len()];
         for row in tile.rows() {
             if let Err(error) = weights.kernel.dot_rows(rows, x.row(source(row)), dots) {
                 return keep_first(&failure, error);
@@ -78,4 +88,38 @@ pub(crate) fn matmul(
         }
     });
     into_result(failure).map_err(|cause| Error::Compute { what: format!("tensor `{}`", weights.name), cause })
+}
+
+/// [`matmul`] by weights in tiles: rows go through them several at a time.
+fn multiply_tiles(
+    team: &mut Team,
+    scratch: &mut [Scratch],
+    tiles: &Tiles,
+    n_out: usize,
+    x: &Activations,
+    groups: &Groups<'_>,
+    source: impl Fn(usize) -> usize + Sync,
+    out: &mut [f32],
+    finish: impl Fn(usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
+) {
+    let kernels = Kernels::get();
+    let widest = if groups.are_single() { TILE_COLS_DECODE } else { TILE_COLS.end };
+    let tile_cols = (TILE_BYTES / tiles.tile_bytes * TILE_ROWS).clamp(TILE_ROWS, widest);
+    team.for_each_tile(scratch, out, n_out, groups.row_starts, tile_cols, |scratch, mut tile| {
+        let (matrix, cols) = (groups.matrices[tile.group()], tile.cols());
+        for first in tile.rows().step_by(MAX_TOKENS) {
+            let n = MAX_TOKENS.min(tile.rows().end - first);
+            let x: [_; MAX_TOKENS] = std::array::from_fn(|i| x.blocks(source(first + i.min(n - 1))));
+            for start in cols.clone().step_by(TILE_ROWS) {
+                let mut dots = [[0.0; TILE_ROWS]; MAX_TOKENS];
+                tiles.format.matmul(kernels, tiles.tile(matrix, start), &x[..n], &mut dots[..n]);
+                for (all, dots) in scratch.dots.iter_mut().zip(&dots[..n]) {
+                    all[start - cols.start..][..TILE_ROWS].copy_from_slice(dots);
+                }
+            }
+            for (i, dots) in scratch.dots[..n].iter_mut().enumerate() {
+                finish(matrix, cols.clone(), &mut dots[..cols.len()], tile.row_mut(first + i));
+            }
+        }
+    });
 }

@@ -5,12 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gguf::{GgmlType, Gguf};
+use param_kernels::{Team, available_threads};
 use param_model::{Config, GGUF_HEAD, Part, Tokenizer, tensors};
 
 use crate::error::{Error, Result};
 use crate::weights::{Block, FeedForward, Linear, Matrix, Norm, read_f32};
 
-/// An opened model: read-only, shared by any number of sessions and threads. Matrices stay in the memory-mapped file.
+/// An opened model: read-only, shared by any number of sessions and threads. Matrices stay in the memory-mapped
+/// file, or are repacked from it when the model is opened.
 #[derive(Debug)]
 pub struct Model {
     pub(crate) gguf: Gguf,
@@ -48,16 +50,17 @@ impl Model {
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_fits(config.n_vocab)?;
         }
-        let bind = Bind { gguf: &gguf, names: &names };
+        let mut bind = Bind { gguf: &gguf, names: &names, team: Team::new(available_threads()) };
         let n_embd = config.n_embd;
-        let token_embd = bind.matrix(Part::TokenEmbd, None, config.n_vocab, n_embd)?;
+        let mut token_embd = bind.matrix(Part::TokenEmbd, None, config.n_vocab, n_embd)?;
         let position_embd = bind.matrix(Part::PositionEmbd, None, config.n_ctx, n_embd)?;
         let blocks = (0..config.n_layer).map(|i| bind.block(&config, i)).collect::<Result<_>>()?;
         let output_norm = bind.norm(Part::OutputNormScale, Part::OutputNormShift, None)?;
-        let head = match gguf.tensor(GGUF_HEAD) {
+        let mut head = match gguf.tensor(GGUF_HEAD) {
             Some(_) => Some(Matrix::new(&gguf, GGUF_HEAD, config.n_vocab, n_embd)?),
             None => None,
         };
+        head.as_mut().unwrap_or(&mut token_embd).repack(&gguf, &mut bind.team)?;
         Ok(Arc::new(Model { token_embd, position_embd, blocks, output_norm, head, config, tokenizer, gguf }))
     }
 
@@ -135,6 +138,7 @@ fn check_tensors(gguf: &Gguf, config: &Config) -> Result<Names> {
 struct Bind<'a> {
     gguf: &'a Gguf,
     names: &'a Names,
+    team: Team,
 }
 
 impl Bind<'_> {
@@ -156,8 +160,9 @@ impl Bind<'_> {
         Ok(Norm { scale: read(scale)?, shift: read(shift)? })
     }
 
-    fn linear(&self, weight: Part, bias: Part, block: usize, n_row: usize, n_col: usize) -> Result<Linear> {
-        let weight = self.matrix(weight, Some(block), n_row, n_col)?;
+    fn linear(&mut self, weight: Part, bias: Part, block: usize, n_row: usize, n_col: usize) -> Result<Linear> {
+        let mut weight = self.matrix(weight, Some(block), n_row, n_col)?;
+        weight.repack(self.gguf, &mut self.team)?;
         let bias = match self.name(bias, Some(block)) {
             Some(name) => read_f32(self.gguf, name)?,
             None => Vec::new(),
@@ -165,10 +170,14 @@ impl Bind<'_> {
         Ok(Linear { weight, bias })
     }
 
-    fn block(&self, config: &Config, block: usize) -> Result<Block> {
+    fn block(&mut self, config: &Config, block: usize) -> Result<Block> {
         let (n_embd, n_ff) = (config.n_embd, config.n_ff());
         let at = Some(block);
-        let square = |weight, bias| self.linear(weight, bias, block, n_embd, n_embd);
+        let mut square = |weight, bias| self.linear(weight, bias, block, n_embd, n_embd);
+        let q = square(Part::AttnQ, Part::AttnQBias)?;
+        let k = square(Part::AttnK, Part::AttnKBias)?;
+        let v = square(Part::AttnV, Part::AttnVBias)?;
+        let out = square(Part::AttnOut, Part::AttnOutBias)?;
         let moe = config.is_moe(block);
         let (up, up_bias, down, down_bias) = if moe {
             (Part::ExpertUp, Part::ExpertUpBias, Part::ExpertDown, Part::ExpertDownBias)
@@ -178,10 +187,10 @@ impl Bind<'_> {
         let router = if moe { Some(read_f32(self.gguf, self.required(Part::Router, at)?)?) } else { None };
         Ok(Block {
             norm1: self.norm(Part::AttnNormScale, Part::AttnNormShift, at)?,
-            q: square(Part::AttnQ, Part::AttnQBias)?,
-            k: square(Part::AttnK, Part::AttnKBias)?,
-            v: square(Part::AttnV, Part::AttnVBias)?,
-            out: square(Part::AttnOut, Part::AttnOutBias)?,
+            q,
+            k,
+            v,
+            out,
             norm2: self.norm(Part::FfnNormScale, Part::FfnNormShift, at)?,
             ffn: FeedForward {
                 router,

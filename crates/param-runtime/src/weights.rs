@@ -1,11 +1,14 @@
-//! A model's tensors as inference uses them: vectors in f32, matrices left where they are in the file.
+//! A model's tensors as inference uses them: vectors in f32, matrices as they are in the file or in tiles.
 
 use gguf::{GgmlType, Gguf};
 use param_ggml::DotKernel;
+use param_kernels::Team;
 
+use crate::activations::Form;
 use crate::error::{Error, Result, zeroed};
+use crate::tiles::Tiles;
 
-/// A stack of matrices (of one, outside the experts), used in place.
+/// A stack of matrices (of one, outside the experts), used in place or repacked.
 #[derive(Debug)]
 pub(crate) struct Matrix {
     pub name: String,
@@ -13,6 +16,8 @@ pub(crate) struct Matrix {
     /// Outputs.
     pub n_row: usize,
     pub row_bytes: usize,
+    /// The matrices repacked, where that is done: what products then read.
+    pub tiles: Option<Tiles>,
 }
 
 impl Matrix {
@@ -23,7 +28,20 @@ impl Matrix {
         let kernel = DotKernel::new(ty).map_err(unusable)?;
         kernel.activation_bytes(n_col).map_err(unusable)?;
         let row_bytes = n_col / ty.block_size() as usize * ty.type_size() as usize;
-        Ok(Matrix { name: name.to_owned(), kernel, n_row, row_bytes })
+        Ok(Matrix { name: name.to_owned(), kernel, n_row, row_bytes, tiles: None })
+    }
+
+    /// Repacks the weights where this CPU multiplies faster by tiles of their type.
+    pub fn repack(&mut self, gguf: &Gguf, team: &mut Team) -> Result<()> {
+        if let Some(format) = Tiles::format(self.kernel.weight_type()) {
+            self.tiles = Some(Tiles::pack(team, format, self.data(gguf)?, self.n_row, self.row_bytes)?);
+        }
+        Ok(())
+    }
+
+    /// What its products read.
+    pub fn activation_form(&self) -> Form {
+        if self.tiles.is_some() { Form::Blocks } else { Form::Ggml(self.kernel.activation_type()) }
     }
 
     /// The stored bytes: [n_matrix, n_row, row_bytes].

@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use crate::tiny::{Tiny, config, model, tokens};
 
-const TYPES: [GgmlType; 4] = [GgmlType::F32, GgmlType::F16, GgmlType::Q8_0, GgmlType::Q4_0];
+const TYPES: [GgmlType; 5] = [GgmlType::F32, GgmlType::F16, GgmlType::Q8_0, GgmlType::Q4_0, GgmlType::Q4_K];
 
 fn session(model: &Arc<Model>, n_batch: usize, n_thread: usize) -> Session {
     let options = SessionOptions { n_batch: Some(n_batch), n_thread: Some(n_thread), ..SessionOptions::default() };

@@ -3,5 +3,6 @@
 mod batching;
 mod generation;
 mod hostile;
+mod quality;
 mod reference;
 mod tiny;

@@ -89,9 +89,15 @@ impl Tiny {
     }
 }
 
+/// The same, as wide as the blocks of every type of weights ask for.
+pub fn wide() -> Config {
+    Config { n_embd: 256, n_head: 8, ..config() }
+}
+
 /// A random model without a tokenizer.
 pub fn model(ty: GgmlType) -> Arc<Model> {
-    Tiny::new(config(), ty, None).open().unwrap()
+    let config = if ty.block_size() > 64 { wide() } else { config() };
+    Tiny::new(config, ty, None).open().unwrap()
 }
 
 /// Some tokens of the tiny vocabulary.
