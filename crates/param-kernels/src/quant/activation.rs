@@ -37,20 +37,19 @@ pub(crate) fn quantize_row<I: Isa>(x: &[f32], out: &mut [ActivationBlock]) -> bo
     for (x, out) in x.iter().zip(out) {
         // As integers, magnitudes order like the numbers, and those of infinities and NaN are beyond all others.
         let mut bits = [0u32; LANES];
-        for i in 0..BLOCK {
-            bits[i % LANES] = bits[i % LANES].max(x[i].abs().to_bits());
+        for x in x.as_chunks::<LANES>().0 {
+            for lane in 0..LANES {
+                bits[lane] = bits[lane].max(x[lane].abs().to_bits());
+            }
         }
         let max = f32::from_bits(bits.into_iter().fold(0, u32::max));
         finite &= max.is_finite();
         let inverse = if max < MIN_MAGNITUDE { 0.0 } else { 127.0 / max };
         // Adding 1.5 * 2^23 leaves the integer nearest to a small number in the low bits.
         const ROUND: f32 = 12_582_912.0;
-        let (mut q, mut sum) = ([0i8; BLOCK], 0i32);
-        for i in 0..BLOCK {
-            let integer = (x[i] * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
-            q[i] = integer as i8;
-            sum += integer;
-        }
+        let integers = x.map(|x| (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32);
+        let sum: i32 = integers.iter().sum();
+        let q = integers.map(|integer| integer as i8);
         let scale = if max < MIN_MAGNITUDE { 0.0 } else { max / 127.0 };
         let (q, _) = q.as_chunks();
         out.q.copy_from_slice(q);

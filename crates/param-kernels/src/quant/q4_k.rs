@@ -70,14 +70,14 @@ fn rows<I: Isa, const T: usize>(
         let (halves, rest) = block.split_at(2 * HALVES);
         let (six_bit, steps) = rest.split_first_chunk().unwrap_or_else(|| unreachable!());
         let (halves, _) = halves.as_chunks::<HALVES>();
-        let (steps, _) = steps.as_chunks::<STEP>();
+        let (pairs, _) = steps.as_chunks::<STEP>().0.as_chunks::<{ BLOCK / 4 }>();
         let (d, d_min) = (I::Int8::halves(&halves[0]), I::Int8::halves(&halves[1]));
         let [scales, minima] = scales_and_minima(six_bit);
-        for pair in 0..N_BLOCK / 2 {
+        for (pair, steps) in (0..N_BLOCK / 2).zip(pairs) {
             let (low, high) = (2 * pair, 2 * pair + 1);
             let mut dots = [[I::Int8::start(0); T]; 2];
-            for step in 0..BLOCK / 4 {
-                let w = I::Int8::bytes(&steps[pair * (BLOCK / 4) + step]);
+            for (step, w) in steps.iter().enumerate() {
+                let w = I::Int8::bytes(w);
                 let (w_low, w_high) = (I::Int8::low_nibbles(w), I::Int8::high_nibbles(w));
                 for t in 0..T {
                     dots[0][t] = I::Int8::dot_u4(dots[0][t], w_low, x[t][b][low].q[step]);
