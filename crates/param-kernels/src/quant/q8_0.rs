@@ -44,7 +44,10 @@ fn rows<I: Isa, const T: usize>(
         }
         let (scales, steps) = block.split_first_chunk::<SCALES>().unwrap_or_else(|| unreachable!());
         let (steps, _) = steps.as_chunks::<{ 4 * TILE_ROWS }>();
-        let mut dots = x.map(|x| I::Int8::start(x[b].sum));
+        let mut dots = [I::Int8::start(0); T];
+        for t in 0..T {
+            dots[t] = I::Int8::start(x[t][b].sum);
+        }
         for (step, w) in steps.iter().enumerate() {
             let w = I::Int8::bytes(w);
             for t in 0..T {
