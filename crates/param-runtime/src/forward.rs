@@ -80,7 +80,7 @@ impl Forward {
     }
 
     /// Runs `tokens` through the blocks, after the `n_past` that are in the cache. Leaves the residual stream for
-    /// [`Forward::logits`].
+    /// [`Forward::head`].
     pub fn run(
         &mut self,
         model: &Model,

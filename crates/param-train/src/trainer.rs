@@ -76,7 +76,7 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A new run in a folder without one, from `params` or freshly initialised.
+    /// A new run in a folder without one, from freshly initialised parameters.
     pub fn new(folder: RunFolder, config: &Config, settings: Settings, corpus: Corpus) -> Result<Self, Error> {
         folder.check_unused()?;
         folder.create()?;
