@@ -85,9 +85,6 @@ kernels! {
         x: &[f32], scale: &[f32], mean: &[f32], rstd: &[f32], dy: &[f32], dx: &mut [f32], dscale: &mut [f32], dshift: &mut [f32],
     );
 
-    /// Largest element, `-inf` of an empty row; NaN is passed over.
-    max = softmax::max(x: &[f32]) -> f32;
-
     /// `out[t] = W x[t]` of a tile of 16 rows of Q4_K: see [`crate::TileFormat::matmul`].
     matmul_q4_k = quant::matmul_q4_k(tile: &[u8], x: &[&[ActivationBlock]], out: &mut [[f32; TILE_ROWS]]);
 
