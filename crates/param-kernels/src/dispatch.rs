@@ -1,6 +1,6 @@
 //! The table of kernels: every body compiled once per instruction set, and the choice made once per process.
 
-use crate::quant::{ActivationBlock, TILE_ROWS};
+use crate::tiles::ActivationBlock;
 use half::f16;
 use std::sync::OnceLock;
 
@@ -34,7 +34,9 @@ macro_rules! kernels {
         kernels!(@x86 avx2 "avx2" "avx2,fma,f16c" Avx2 $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
         kernels!(@x86 avx512 "avx512" "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c" Avx512
             $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
-        kernels!(@x86 avx512vnni "avx512vnni" "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c" Avx512Vnni
+        kernels!(@x86 avx512vnni "avx512vnni" "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c" Vnni
+            $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
+        kernels!(@x86 avx512bf16 "avx512bf16" "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c" VnniBf16
             $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
     };
     (@x86 $table:ident $name:literal $features:literal $isa:ident
@@ -85,14 +87,48 @@ kernels! {
         x: &[f32], scale: &[f32], mean: &[f32], rstd: &[f32], dy: &[f32], dx: &mut [f32], dscale: &mut [f32], dshift: &mut [f32],
     );
 
-    /// `out[t] = W x[t]` of a tile of 16 rows of Q4_K: see [`crate::TileFormat::matmul`].
-    matmul_q4_k = quant::matmul_q4_k(tile: &[u8], x: &[&[ActivationBlock]], out: &mut [[f32; TILE_ROWS]]);
+    /// Products of tiles of Q8_0: see [`crate::TileFormat::matmul`].
+    matmul_q8_0 = tiles::matmul_q8_0(tiles: &[u8], n_tile: usize, x: &[&[ActivationBlock]], out: &mut [f32]);
 
-    /// `out[t] = W x[t]` of a tile of 16 rows of Q8_0: see [`crate::TileFormat::matmul`].
-    matmul_q8_0 = quant::matmul_q8_0(tile: &[u8], x: &[&[ActivationBlock]], out: &mut [[f32; TILE_ROWS]]);
+    /// Products of tiles of Q4_0: see [`crate::TileFormat::matmul`].
+    matmul_q4_0 = tiles::matmul_q4_0(tiles: &[u8], n_tile: usize, x: &[&[ActivationBlock]], out: &mut [f32]);
+
+    /// Products of tiles of Q4_K: see [`crate::TileFormat::matmul`].
+    matmul_q4_k = tiles::matmul_q4_k(tiles: &[u8], n_tile: usize, x: &[&[ActivationBlock]], out: &mut [f32]);
+
+    /// Products of tiles of Q6_K: see [`crate::TileFormat::matmul`].
+    matmul_q6_k = tiles::matmul_q6_k(tiles: &[u8], n_tile: usize, x: &[&[ActivationBlock]], out: &mut [f32]);
+
+    /// Products of tiles of f32: see [`crate::TileFormat::matmul`].
+    matmul_f32 = tiles::matmul_f32(tiles: &[u8], n_tile: usize, x: &[&[f32]], out: &mut [f32]);
+
+    /// Products of tiles of f16: see [`crate::TileFormat::matmul`].
+    matmul_f16 = tiles::matmul_f16(tiles: &[u8], n_tile: usize, x: &[&[f32]], out: &mut [f32]);
+
+    /// Products of tiles of bf16: see [`crate::TileFormat::matmul`].
+    matmul_bf16 = tiles::matmul_bf16(tiles: &[u8], n_tile: usize, x: &[&[u32]], out: &mut [f32]);
 
     /// Quantizes `x` [n] to the nearest of 255 steps in each of `out`'s blocks [n / 32]. False if a number is not finite.
-    quantize_row = quant::quantize_row(x: &[f32], out: &mut [ActivationBlock]) -> bool;
+    quantize_row = tiles::quantize_row(x: &[f32], out: &mut [ActivationBlock]) -> bool;
+
+    /// Quantizes what [`Kernels::quantize_row`] left of `x` [n] in `first` [n / 32]: the sum of both products is as precise as
+    /// with 15 bits.
+    quantize_rest = tiles::quantize_rest(x: &[f32], first: &[ActivationBlock], out: &mut [ActivationBlock]);
+
+    /// Rounds `x` [n] to the nearest bf16, two in each of `out` [n / 2, rounded up], the first in the low half.
+    pair_row = tiles::pair_row(x: &[f32], out: &mut [u32]);
+
+    /// Reads `x` once; the result only keeps the reads from being left out.
+    probe_read = probe::read(x: &[u8]) -> u32;
+
+    /// Multiplies and adds int8 with all operands in registers, `n` times a fixed number of them; returns how many operations.
+    probe_int8 = probe::int8(n: usize) -> f64;
+
+    /// The same of bf16.
+    probe_bf16 = probe::bf16(n: usize) -> f64;
+
+    /// The same of f32.
+    probe_f32 = probe::f32(n: usize) -> f64;
 
     /// Softmax of one row in place. A row of nothing but `-inf` becomes NaN, as in PyTorch.
     softmax = softmax::softmax(x: &mut [f32]);
@@ -102,15 +138,23 @@ kernels! {
 
     /// Causal attention of one head over an f32 cache: see [`Kernels::attention_f16`].
     attention_f32 = attention::attention_f32(
-        q: &[f32], k: &[f32], v: &[f32], n_past: usize, head_dim: usize, out: &mut [f32],
+        q: &[f32], k: &[f32], v: &[f32], n_past: usize, head_dim: usize, scratch: &mut [f32], out: &mut [f32],
     );
 
     /// Causal attention of one head: query `i` of `q` [n_query, head_dim], already scaled by `1 / sqrt(head_dim)`, sits at
     /// position `n_past + i` and sees the keys at 0 to its own position. `k` is laid out by [`crate::key_index`], `v` is
-    /// [at least n_past + n_query, head_dim]. Scores, softmax and weighted sum are fused, in blocks of keys, with the running
-    /// maximum of Milakov and Gimelshein (2018). Writes `out` [n_query, head_dim].
+    /// [at least n_past + n_query, head_dim], `scratch` holds [`crate::attention_scratch_len`]. Scores, softmax and weighted
+    /// sum are fused, in blocks of keys, with the running maximum of Milakov and Gimelshein (2018). Writes `out` [n_query,
+    /// head_dim]; a query's result does not depend on those it comes with.
     attention_f16 = attention::attention_f16(
-        q: &[f32], k: &[f16], v: &[f16], n_past: usize, head_dim: usize, out: &mut [f32],
+        q: &[f32], k: &[f16], v: &[f16], n_past: usize, head_dim: usize, scratch: &mut [f32], out: &mut [f32],
+    );
+
+    /// The same over a cache of int8, `k` and `v` each with the scales of blocks of 32 components
+    /// ([`crate::cache_scales_len`]).
+    attention_q8 = attention::attention_q8(
+        q: &[f32], k: (&[i8], &[f16]), v: (&[i8], &[f16]), n_past: usize, head_dim: usize, scratch: &mut [f32],
+        out: &mut [f32],
     );
 }
 
@@ -132,7 +176,11 @@ impl Kernels {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            if avx512 && avx2 && is_x86_feature_detected!("avx512vnni") {
+            let vnni = avx512 && avx2 && is_x86_feature_detected!("avx512vnni");
+            if vnni && is_x86_feature_detected!("avx512bf16") {
+                tables.push(&avx512bf16::TABLE);
+            }
+            if vnni {
                 tables.push(&avx512vnni::TABLE);
             }
             if avx512 && avx2 {
@@ -151,7 +199,12 @@ impl Kernels {
         self.isa != baseline::TABLE.isa
     }
 
-    /// Name of the instruction set, for reports: `avx512vnni`, `avx512`, `avx2` or `baseline`.
+    /// Whether it multiplies bf16 faster than f32.
+    pub fn has_bf16(&self) -> bool {
+        self.isa == "avx512bf16"
+    }
+
+    /// Name of the instruction set, for reports: `avx512bf16` (with VNNI), `avx512vnni`, `avx512`, `avx2` or `baseline`.
     pub fn isa(&self) -> &'static str {
         self.isa
     }

@@ -1,7 +1,7 @@
 //! What the kernel bodies ask of an instruction set. Everything else the compiler vectorises by itself once a body is
 //! inlined into a function that enables the features.
 
-use crate::quant::{Int8, Scalar};
+use crate::tiles::{Registers, Scalar};
 use half::f16;
 
 /// Width every body is written for: one AVX-512 register, two AVX2, four NEON or SSE2.
@@ -16,8 +16,8 @@ pub(crate) trait Isa {
     /// Whether a fused multiply-add is one instruction. Where it is not, `mul_add` would call the C library.
     const FMA: bool;
 
-    /// How it multiplies quantized weights.
-    type Int8: Int8;
+    /// How it multiplies weights in tiles.
+    type Tile: Registers;
 
     /// Exact conversion to f32.
     #[inline(always)]
@@ -53,16 +53,16 @@ pub(crate) struct Baseline;
 
 impl Isa for Baseline {
     const FMA: bool = cfg!(target_arch = "aarch64");
-    type Int8 = Scalar;
+    type Tile = Scalar;
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512, Avx512Vnni};
+pub(crate) use x86::{Avx2, Avx512, Vnni, VnniBf16};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use super::{Isa, LANES, Lanes};
-    use crate::quant::{Avx2Int8, Vnni};
+    use crate::tiles::{Avx2Registers, Avx512Registers};
     use half::f16;
     use std::arch::x86_64::*;
 
@@ -71,7 +71,7 @@ mod x86 {
 
     impl Isa for Avx2 {
         const FMA: bool = true;
-        type Int8 = Avx2Int8;
+        type Tile = Avx2Registers;
 
         #[inline(always)]
         fn widen(x: &[f16; LANES]) -> Lanes {
@@ -92,7 +92,7 @@ mod x86 {
 
     impl Isa for Avx512 {
         const FMA: bool = true;
-        type Int8 = Avx2Int8;
+        type Tile = Avx2Registers;
 
         #[inline(always)]
         fn widen(x: &[f16; LANES]) -> Lanes {
@@ -103,12 +103,14 @@ mod x86 {
         }
     }
 
-    /// AVX-512 F, BW, DQ, VL and VNNI.
-    pub(crate) struct Avx512Vnni;
+    /// AVX-512 F, BW, DQ, VL and VNNI; with `BF16` also BF16.
+    pub(crate) struct Avx512Vnni<const BF16: bool>;
+    pub(crate) type Vnni = Avx512Vnni<false>;
+    pub(crate) type VnniBf16 = Avx512Vnni<true>;
 
-    impl Isa for Avx512Vnni {
+    impl<const BF16: bool> Isa for Avx512Vnni<BF16> {
         const FMA: bool = true;
-        type Int8 = Vnni;
+        type Tile = Avx512Registers<BF16>;
 
         #[inline(always)]
         fn widen(x: &[f16; LANES]) -> Lanes {

@@ -12,14 +12,17 @@ mod isa;
 mod layer_norm;
 mod math;
 mod matmul;
-mod quant;
+mod probe;
 mod softmax;
 mod spmd;
+mod tiles;
 mod topk;
 
-pub use attention::{KEY_GROUP, key_cache_len, key_index};
+pub use attention::{
+    CACHE_BLOCK, KEY_GROUP, QUERY_TILE, attention_scratch_len, cache_scales_len, key_cache_len, key_index,
+};
 pub use dispatch::Kernels;
 pub use matmul::{Mat, Write, matmul};
-pub use quant::{ActivationBlock, MAX_TOKENS, TILE_ROWS, TileFormat};
 pub use spmd::{Team, Tile, available_threads};
+pub use tiles::{ActivationBlock, Inputs, Operand, TILE_ROWS, TileFormat};
 pub use topk::top_k;

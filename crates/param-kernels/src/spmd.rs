@@ -120,9 +120,29 @@ impl Team {
         let n_chunk = out.len().div_ceil(chunk_len);
         let out = Disjoint::new(out);
         self.for_each(n_chunk, |_, chunk| {
-            let start = chunk * chunk_len;
             // SAFETY: chunks do not overlap and `for_each` runs each index once.
-            f(chunk, unsafe { out.slice(start..out.len.min(start + chunk_len)) });
+            f(chunk, unsafe { out.chunk(chunk, chunk_len) });
+        });
+    }
+
+    /// Like [`Team::for_each_chunk`] over three slices at once, each cut into chunks of its own length, in as many as there are of
+    /// `a`: `f(chunk_index, chunk of a, chunk of b, chunk of c)`. A chunk of a slice that has ended is empty.
+    ///
+    /// # Panics
+    /// If the length of `a`'s chunks is 0.
+    pub fn for_each_chunks<A: Send, B: Send, C: Send>(
+        &mut self,
+        (a, a_len): (&mut [A], usize),
+        (b, b_len): (&mut [B], usize),
+        (c, c_len): (&mut [C], usize),
+        f: impl Fn(usize, &mut [A], &mut [B], &mut [C]) + Sync,
+    ) {
+        assert!(a_len > 0, "chunks of no elements");
+        let n_chunk = a.len().div_ceil(a_len);
+        let (a, b, c) = (Disjoint::new(a), Disjoint::new(b), Disjoint::new(c));
+        self.for_each(n_chunk, |_, chunk| {
+            // SAFETY: chunks of one slice do not overlap and `for_each` runs each index once.
+            unsafe { f(chunk, a.chunk(chunk, a_len), b.chunk(chunk, b_len), c.chunk(chunk, c_len)) };
         });
     }
 
@@ -280,6 +300,17 @@ unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 impl<'a, T> Disjoint<'a, T> {
     fn new(slice: &'a mut [T]) -> Self {
         Disjoint { base: slice.as_mut_ptr(), len: slice.len(), _slice: PhantomData }
+    }
+
+    /// Chunk `index` of those that are `len` long, as much of it as there is.
+    ///
+    /// # Safety
+    /// No overlapping part is in use.
+    #[allow(clippy::mut_from_ref, reason = "the point of the type; callers promise disjointness")]
+    unsafe fn chunk(&self, index: usize, len: usize) -> &mut [T] {
+        let start = self.len.min(index * len);
+        // SAFETY: the range is cut to the slice; the rest is as this function asks of its caller.
+        unsafe { self.slice(start..self.len.min(start + len)) }
     }
 
     /// # Safety

@@ -1,6 +1,7 @@
 //! Everything that can go wrong, each error naming what it is about and what to do.
 
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 use gguf::GgmlType;
 
@@ -43,6 +44,8 @@ pub enum Error {
     OutOfMemory { what: &'static str, bytes: usize },
     #[error("while computing {what}: {cause}")]
     Compute { what: String, cause: param_ggml::Error },
+    #[error("while computing {what}: component {index} is {value}: the model file is damaged")]
+    NotFinite { what: String, index: usize, value: f32 },
     #[error("every logit is NaN or -inf: the model file is damaged")]
     NoLogits,
     #[error("sampling option {option} is {value}: expected {expected}")]
@@ -62,4 +65,24 @@ pub(crate) fn resize<T: Clone + Default>(what: &'static str, buffer: &mut Vec<T>
     buffer.try_reserve_exact(n.saturating_sub(buffer.len())).map_err(|_| Error::OutOfMemory { what, bytes })?;
     buffer.resize(n, T::default());
     Ok(())
+}
+
+/// The first failure inside a parallel step.
+#[derive(Default)]
+pub(crate) struct FirstError(Mutex<Option<Error>>);
+
+impl FirstError {
+    /// Takes note of a failure.
+    pub fn keep(&self, result: Result<()>) {
+        if let Err(error) = result
+            && let Ok(mut slot) = self.0.lock()
+        {
+            slot.get_or_insert(error);
+        }
+    }
+
+    /// The failure noted, if any.
+    pub fn into_result(self) -> Result<()> {
+        self.0.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
 }

@@ -1,41 +1,47 @@
-//! The forward pass over one batch of tokens at consecutive positions: a plain loop over the blocks, each step run by the
+//! The forward pass over one batch of tokens, of one sequence or of several: a plain loop over the blocks, each step run by the
 //! whole team.
 
-use gguf::Gguf;
-use param_kernels::{Kernels, Team};
-use param_model::Activation;
+use param_kernels::{Kernels, QUERY_TILE, Team};
 
-use crate::activations::Activations;
-use crate::error::{Result, resize, zeroed};
+use crate::activations::{Activations, ROWS};
+use crate::candidates::Best;
+use crate::error::{Error, FirstError, Result, resize, zeroed};
+use crate::feed_forward::feed_forward;
 use crate::kv_cache::KvCache;
-use crate::matmul::{Groups, Scratch, matmul};
+use crate::matmul::{MAX_STRIP, project};
 use crate::model::Model;
 use crate::routing::Routing;
+use crate::scratch::Scratch;
 use crate::trace::{Observer, Point, Trace};
-use crate::weights::{Block, Linear, Norm};
+use crate::weights::{Block, Matrix, Norm};
 
-/// Queries that attention takes together.
-const QUERY_TILE: usize = 16;
-/// Rows handed to a thread at once where a row is little work.
-const ROWS: usize = 8;
+/// Consecutive tokens of a sequence within a batch.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Span {
+    /// Which cache is theirs.
+    pub sequence: usize,
+    /// Tokens of the sequence before them.
+    pub n_past: usize,
+    /// Their rows in the batch: from here up to the next span.
+    pub first_row: usize,
+}
 
 /// Buffers of a forward pass, and the threads that fill them.
 pub(crate) struct Forward {
     team: Team,
     kernels: &'static Kernels,
     scratch: Vec<Scratch>, // [n_thread]
-    activations: Activations,
     routing: Routing,
-    x: Vec<f32>,          // [n_batch, n_embd] residual stream
-    normed: Vec<f32>,     // [n_batch, n_embd]
-    q: Vec<f32>,          // [n_batch, n_embd]
-    k: Vec<f32>,          // [n_batch, n_embd]
-    v: Vec<f32>,          // [n_batch, n_embd]
-    y: Vec<f32>,          // [n_batch, n_embd] output of attention or feed-forward
-    hidden: Vec<f32>,     // [n_batch * n_used, n_ff]
-    expert_out: Vec<f32>, // [n_batch * n_used, n_embd]
-    logits: Vec<f32>,     // [n_row, n_vocab]
-    query_tiles: Vec<usize>,
+    x: Vec<f32>,             // [n_batch, n_embd] residual stream
+    y: Vec<f32>,             // [n_batch, n_embd] output of attention or feed-forward, not yet added to it
+    qkv: Vec<f32>,           // [3, n_token, n_embd]
+    normed: Activations,     // [n_batch, n_embd]
+    attended: Activations,   // [n_batch, n_embd]
+    hidden: Activations,     // [n_batch * n_used, n_ff]
+    logits: Vec<f32>,        // [n_row, n_vocab]
+    best: Vec<Best>,         // [n_row]
+    tile_starts: Vec<usize>, // first row of each tile of queries, and where the last one ends
+    tile_spans: Vec<usize>,  // the span of each
 }
 
 /// Trace of a hidden state, if anyone asked.
@@ -51,26 +57,23 @@ impl Forward {
         const WHAT: &str = "the buffers of a batch";
         let config = model.config();
         let n_used = if config.n_moe() > 0 { config.n_expert_used } else { 1 };
-        let n_hidden = n_batch.saturating_mul(n_used);
-        let buffer = |rows: usize, cols: usize| zeroed(WHAT, rows.saturating_mul(cols));
+        let buffer = |rows: usize| zeroed(WHAT, rows.saturating_mul(config.n_embd));
         let team = Team::new(n_thread);
-        let n_embd = config.n_embd;
         Ok(Forward {
-            scratch: (0..team.n_thread()).map(|_| Scratch::new(QUERY_TILE * config.head_dim())).collect(),
+            scratch: (0..team.n_thread()).map(|_| Scratch::new(config.head_dim())).collect(),
             team,
             kernels: Kernels::get(),
-            activations: Activations::default(),
             routing: Routing::new(n_batch, config.n_expert, n_used)?,
-            x: buffer(n_batch, n_embd)?,
-            normed: buffer(n_batch, n_embd)?,
-            q: buffer(n_batch, n_embd)?,
-            k: buffer(n_batch, n_embd)?,
-            v: buffer(n_batch, n_embd)?,
-            y: buffer(n_batch, n_embd)?,
-            hidden: buffer(n_hidden, config.n_ff())?,
-            expert_out: buffer(n_hidden, n_embd)?,
+            x: buffer(n_batch)?,
+            y: buffer(n_batch)?,
+            qkv: buffer(n_batch.saturating_mul(3))?,
+            normed: Activations::default(),
+            attended: Activations::default(),
+            hidden: Activations::default(),
             logits: Vec::new(),
-            query_tiles: Vec::new(),
+            best: Vec::new(),
+            tile_starts: Vec::new(),
+            tile_spans: Vec::new(),
         })
     }
 
@@ -79,74 +82,104 @@ impl Forward {
         self.team.n_thread()
     }
 
-    /// Runs `tokens` through the blocks, after the `n_past` that are in the cache. Leaves the residual stream for
+    /// Runs `tokens`, cut into `spans` in order of their rows, through the blocks. Leaves the residual stream for
     /// [`Forward::head`].
     pub fn run(
         &mut self,
         model: &Model,
-        cache: &mut KvCache,
+        caches: &mut [KvCache],
+        spans: &[Span],
         tokens: &[u32],
-        n_past: usize,
         mut observer: Observer<'_, '_>,
     ) -> Result<()> {
         let config = model.config();
-        let (n_token, n_embd) = (tokens.len(), config.n_embd);
-        self.embed(model, tokens, n_past)?;
-        show(&mut observer, Point::Embed, &self.x[..n_token * n_embd]);
+        let n = tokens.len() * config.n_embd;
+        self.embed(model, spans, tokens)?;
+        self.cut_queries(spans, tokens.len());
+        show(&mut observer, Point::Embed, &self.x[..n]);
         for (i, block) in model.blocks.iter().enumerate() {
-            self.attention(model, block, i, cache, n_token, n_past)?;
-            show(&mut observer, Point::AfterAttention(i), &self.x[..n_token * n_embd]);
-            self.norm(&block.norm2, 0..n_token, config.norm_eps);
-            show(&mut observer, Point::Norm2(i), &self.normed[..n_token * n_embd]);
-            self.feed_forward(model, block, n_token)?;
-            if block.ffn.router.is_some()
-                && let Some(observer) = &mut observer
-            {
+            self.norm(&block.norm1, config.norm_eps, tokens.len(), i > 0, &block.q.weight)?;
+            if i > 0 {
+                show(&mut observer, Point::Out(i - 1), &self.x[..n]);
+            }
+            self.attention(model, block, i, caches, spans, tokens.len())?;
+            self.norm(&block.norm2, config.norm_eps, tokens.len(), true, &block.ffn.up.weight)?;
+            show(&mut observer, Point::AfterAttention(i), &self.x[..n]);
+            show(&mut observer, Point::Norm2(i), &self.normed.floats[..n]);
+            self.feed_forward(model, block, tokens.len())?;
+            if let (Some(_), Some(observer)) = (&block.ffn.router, &mut observer) {
                 let Routing { logits, experts, weights, .. } = &self.routing;
                 observer(Trace::Routing {
                     block: i,
-                    logits: &logits[..n_token * config.n_expert],
-                    experts: &experts[..n_token * config.n_expert_used],
-                    weights: &weights[..n_token * config.n_expert_used],
+                    logits: &logits[..tokens.len() * config.n_expert],
+                    experts: &experts[..tokens.len() * config.n_expert_used],
+                    weights: &weights[..tokens.len() * config.n_expert_used],
                 });
             }
-            show(&mut observer, Point::Ffn(i), &self.y[..n_token * n_embd]);
-            let y = &self.y;
-            let kernels = self.kernels;
-            self.team.for_each_chunk(&mut self.x[..n_token * n_embd], ROWS * n_embd, |chunk, x| {
-                let start = chunk * ROWS * n_embd;
-                kernels.axpy(1.0, &y[start..start + x.len()], x);
-            });
-            show(&mut observer, Point::Out(i), &self.x[..n_token * n_embd]);
+            show(&mut observer, Point::Ffn(i), &self.y[..n]);
         }
+        let (y, kernels) = (&self.y, self.kernels);
+        self.team.for_each_chunk(&mut self.x[..n], ROWS * config.n_embd, |chunk, x| {
+            let start = chunk * ROWS * config.n_embd;
+            kernels.axpy(1.0, &y[start..start + x.len()], x);
+        });
         if observer.is_some() {
-            self.norm(&model.output_norm, 0..n_token, config.norm_eps);
-            show(&mut observer, Point::FinalNorm, &self.normed[..n_token * n_embd]);
+            show(&mut observer, Point::Out(config.n_layer - 1), &self.x[..n]);
+            self.norm(&model.output_norm, config.norm_eps, tokens.len(), false, model.head())?;
+            show(&mut observer, Point::FinalNorm, &self.normed.floats[..n]);
         }
         Ok(())
     }
 
-    /// Logits of the last `n_row` of the `n_token` tokens just run, written from row `at` of the logits buffer on.
-    pub fn head(&mut self, model: &Model, n_token: usize, n_row: usize, at: usize) -> Result<()> {
+    /// Logits of rows `rows` of the batch just run, written from row `at` of the logits buffer on, and for each the `n_best` largest
+    /// of them, picked as they are computed.
+    pub fn head(&mut self, model: &Model, rows: &[usize], at: usize, n_best: usize) -> Result<()> {
         let config = model.config();
-        let (n_embd, n_vocab) = (config.n_embd, config.n_vocab);
-        self.norm(&model.output_norm, n_token - n_row..n_token, config.norm_eps);
-        let head = model.head();
-        let x = &self.normed[..n_row * n_embd];
-        self.activations.convert(&mut self.team, head, x, n_embd, "the logits")?;
-        let n_logit = (at + n_row).saturating_mul(n_vocab);
-        resize("the logits", &mut self.logits, n_logit)?;
-        matmul(
-            &mut self.team,
+        let (n_embd, n_vocab, head) = (config.n_embd, config.n_vocab, model.head());
+        let step = NormStep::new(&model.output_norm, config.norm_eps, "the logits");
+        let x = &self.x;
+        let none = (&mut [] as &mut [()], 0);
+        self.normed.fill(&mut self.team, head, rows.len(), n_embd, none, step.what, |first, _, out| {
+            for (&row, out) in rows[first..].iter().zip(out.chunks_exact_mut(n_embd)) {
+                step.run(&x[row * n_embd..(row + 1) * n_embd], out);
+            }
+        })?;
+        step.failure.into_result()?;
+        resize("the logits", &mut self.logits, (at + rows.len()).saturating_mul(n_vocab))?;
+        for scratch in &mut self.scratch {
+            scratch.best.resize(rows.len(), Best::default());
+            scratch.best.iter_mut().for_each(|best| best.reset(n_best));
+        }
+        let failure = FirstError::default();
+        let (normed, logits) = (&self.normed, &mut self.logits[at * n_vocab..]);
+        self.team.for_each_tile(
             &mut self.scratch,
-            &model.gguf,
-            head,
-            &self.activations,
-            &Groups { matrices: &[0], row_starts: &[0, n_row] },
-            |row| row,
-            &mut self.logits[at * n_vocab..],
-            |_, _, dots, out| out.copy_from_slice(dots),
-        )
+            logits,
+            n_vocab,
+            &[0, rows.len()],
+            MAX_STRIP,
+            |scratch, mut tile| {
+                let (rows, cols) = (tile.rows(), tile.cols());
+                for first in rows.clone().step_by(head.max_rows()) {
+                    scratch.rows.clear();
+                    scratch.rows.extend(first..rows.end.min(first + head.max_rows()));
+                    let products = &mut scratch.products;
+                    failure.keep(head.multiply(&model.gguf, 0, cols.clone(), normed, &scratch.rows, products));
+                    for (i, &row) in scratch.rows.iter().enumerate() {
+                        let logits = products.row_mut(i);
+                        scratch.best[row].add(cols.start, logits);
+                        tile.row_mut(row).copy_from_slice(logits);
+                    }
+                }
+            },
+        );
+        failure.into_result()?;
+        self.best.resize(at + rows.len(), Best::default());
+        for (row, best) in self.best[at..].iter_mut().enumerate() {
+            best.reset(n_best);
+            self.scratch.iter().for_each(|scratch| best.merge(&scratch.best[row]));
+        }
+        Ok(())
     }
 
     /// What [`Forward::head`] wrote: [n_row, n_vocab].
@@ -154,203 +187,185 @@ impl Forward {
         &self.logits
     }
 
+    /// The largest logits of each row.
+    pub fn best(&self) -> &[Best] {
+        &self.best
+    }
+
     /// Token plus position embedding into the residual stream.
-    fn embed(&mut self, model: &Model, tokens: &[u32], n_past: usize) -> Result<()> {
+    fn embed(&mut self, model: &Model, spans: &[Span], tokens: &[u32]) -> Result<()> {
         let n_embd = model.config().n_embd;
         let rows = self.x.chunks_exact_mut(n_embd).zip(self.y.chunks_exact_mut(n_embd));
+        let mut next = 0;
+        let mut span = Span { sequence: 0, n_past: 0, first_row: 0 };
         for ((i, &token), (x, position)) in tokens.iter().enumerate().zip(rows) {
+            if spans.get(next).is_some_and(|span| span.first_row == i) {
+                (span, next) = (spans[next], next + 1);
+            }
             model.token_embd.read_row(&model.gguf, token as usize, x)?;
-            model.position_embd.read_row(&model.gguf, n_past + i, position)?;
+            model.position_embd.read_row(&model.gguf, span.n_past + i - span.first_row, position)?;
             self.kernels.axpy(1.0, position, x);
         }
         Ok(())
     }
 
-    /// Normalises rows `rows` of the residual stream into the first rows of `normed`.
-    fn norm(&mut self, norm: &Norm, rows: std::ops::Range<usize>, eps: f32) {
-        let n_embd = norm.scale.len();
-        let (x, kernels) = (&self.x[rows.start * n_embd..rows.end * n_embd], self.kernels);
-        self.team.for_each_chunk(&mut self.normed[..x.len()], ROWS * n_embd, |chunk, out| {
-            let start = chunk * ROWS * n_embd;
-            let n_row = out.len() / n_embd;
-            let (mut mean, mut rstd) = ([0.0; ROWS], [0.0; ROWS]);
-            let x = &x[start..start + out.len()];
-            kernels.layer_norm(x, &norm.scale, &norm.shift, eps, out, &mut mean[..n_row], &mut rstd[..n_row]);
-        });
+    /// Tiles of queries, none of which reaches over two spans.
+    fn cut_queries(&mut self, spans: &[Span], n_token: usize) {
+        self.tile_starts.clear();
+        self.tile_spans.clear();
+        for (i, span) in spans.iter().enumerate() {
+            let end = spans.get(i + 1).map_or(n_token, |next| next.first_row);
+            for start in (span.first_row..end).step_by(QUERY_TILE) {
+                self.tile_starts.push(start);
+                self.tile_spans.push(i);
+            }
+        }
+        self.tile_starts.push(n_token);
     }
 
-    /// `x += attention(norm1(x))`.
+    /// Adds `y` to the residual stream, if it is to be added, and normalises that into `normed`, ready for `weights`.
+    fn norm(&mut self, norm: &Norm, eps: f32, n_row: usize, add: bool, weights: &Matrix) -> Result<()> {
+        let n_embd = norm.scale.len();
+        let step = NormStep::new(norm, eps, &weights.name);
+        let (y, kernels) = (&self.y, self.kernels);
+        let x = (&mut self.x[..n_row * n_embd], n_embd);
+        self.normed.fill(&mut self.team, weights, n_row, n_embd, x, step.what, |first, x, out| {
+            if add {
+                kernels.axpy(1.0, &y[first * n_embd..first * n_embd + x.len()], x);
+            }
+            step.run(x, out);
+        })?;
+        step.failure.into_result()
+    }
+
+    /// `y = attention(normed)`.
     fn attention(
         &mut self,
         model: &Model,
         block: &Block,
         index: usize,
-        cache: &mut KvCache,
+        caches: &mut [KvCache],
+        spans: &[Span],
         n_token: usize,
-        n_past: usize,
     ) -> Result<()> {
         let config = model.config();
         let (n_embd, head_dim, kernels) = (config.n_embd, config.head_dim(), self.kernels);
         let n = n_token * n_embd;
-        self.norm(&block.norm1, 0..n_token, config.norm_eps);
-        let groups = Groups { matrices: &[0], row_starts: &[0, n_token] };
-        let normed = &self.normed[..n];
-        let inputs = [(&block.q, &mut self.q), (&block.k, &mut self.k), (&block.v, &mut self.v)];
-        for (i, (linear, out)) in inputs.into_iter().enumerate() {
-            let weight = &linear.weight;
-            if i == 0 || !self.activations.fit(weight) {
-                self.activations.convert(&mut self.team, weight, normed, n_embd, &weight.name)?;
-            }
+        let qkv = [&block.q, &block.k, &block.v];
+        let form = block.q.weight.form();
+        if qkv.iter().all(|linear| linear.weight.form() == form) {
+            let starts = [0, n_token, 2 * n_token, 3 * n_token];
             project(
                 &mut self.team,
                 &mut self.scratch,
-                kernels,
                 &model.gguf,
-                linear,
-                &self.activations,
-                &groups,
-                &mut out[..n],
+                &qkv,
+                &self.normed,
+                &starts,
+                &mut self.qkv[..3 * n],
             )?;
+        } else {
+            for (linear, out) in qkv.into_iter().zip(self.qkv.chunks_exact_mut(n)) {
+                self.normed.convert(&mut self.team, &linear.weight, n_token, &linear.weight.name)?;
+                project(&mut self.team, &mut self.scratch, &model.gguf, &[linear], &self.normed, &[0, n_token], out)?;
+            }
         }
-        cache.store(&mut self.team, index, n_past, &self.k[..n], &self.v[..n]);
+        let (q, kv) = self.qkv[..3 * n].split_at(n);
+        let (k, v) = kv.split_at(n);
+        for (i, span) in spans.iter().enumerate() {
+            let end = spans.get(i + 1).map_or(n_token, |next| next.first_row);
+            let rows = span.first_row * n_embd..end * n_embd;
+            caches[span.sequence].store(&mut self.team, index, span.n_past, &k[rows.clone()], &v[rows]);
+        }
 
-        self.query_tiles.clear();
-        self.query_tiles.extend((0..n_token).step_by(QUERY_TILE).chain([n_token]));
-        let (q, scale, cache) = (&self.q, 1.0 / (head_dim as f32).sqrt(), &*cache);
-        let attended = &mut self.y[..n];
+        let (scale, caches, tile_spans) = (1.0 / (head_dim as f32).sqrt(), &*caches, &self.tile_spans);
+        let attended = self.attended.floats_mut(n_token, n_embd)?;
         self.team.for_each_tile(
             &mut self.scratch,
             attended,
             n_embd,
-            &self.query_tiles,
+            &self.tile_starts,
             head_dim,
             |scratch, mut tile| {
-                let (rows, cols) = (tile.rows(), tile.cols());
-                let (queries, out) = (&mut scratch.queries[..rows.len() * head_dim], &mut scratch.attended);
+                let (rows, cols, span) = (tile.rows(), tile.cols(), spans[tile_spans[tile.group()]]);
+                let queries = &mut scratch.queries[..rows.len() * head_dim];
                 for (row, query) in rows.clone().zip(queries.chunks_exact_mut(head_dim)) {
                     let q = &q[row * n_embd..(row + 1) * n_embd][cols.clone()];
                     for (query, q) in query.iter_mut().zip(q) {
                         *query = q * scale;
                     }
                 }
-                let out = &mut out[..rows.len() * head_dim];
-                cache.attend(kernels, index, cols.start / head_dim, n_past + rows.start, queries, out);
+                let out = &mut scratch.attended[..rows.len() * head_dim];
+                let n_past = span.n_past + rows.start - span.first_row;
+                let head = cols.start / head_dim;
+                caches[span.sequence].attend(kernels, index, head, n_past, queries, &mut scratch.keys_values, out);
                 for (row, out) in rows.zip(out.chunks_exact(head_dim)) {
                     tile.row_mut(row).copy_from_slice(out);
                 }
             },
         );
-
         let linear = &block.out;
-        let attended = &self.y[..n];
-        self.activations.convert(&mut self.team, &linear.weight, attended, n_embd, &linear.weight.name)?;
-        matmul(
-            &mut self.team,
-            &mut self.scratch,
-            &model.gguf,
-            &linear.weight,
-            &self.activations,
-            &groups,
-            |row| row,
-            &mut self.x[..n],
-            |_, cols, dots, x| {
-                kernels.axpy(1.0, dots, x);
-                kernels.axpy(1.0, &linear.bias[cols], x);
-            },
-        )
+        self.attended.convert(&mut self.team, &linear.weight, n_token, &linear.weight.name)?;
+        let y = &mut self.y[..n];
+        project(&mut self.team, &mut self.scratch, &model.gguf, &[linear], &self.attended, &[0, n_token], y)
     }
 
     /// `y = ffn(normed)`: the chosen experts of a MoE block, weighted; or the one feed-forward layer of a dense block.
     fn feed_forward(&mut self, model: &Model, block: &Block, n_token: usize) -> Result<()> {
         let config = model.config();
-        let (n_embd, n_ff, kernels) = (config.n_embd, config.n_ff(), self.kernels);
-        let normed = &self.normed[..n_token * n_embd];
-        let (n_used, activation) = match &block.ffn.router {
+        let activation = match &block.ffn.router {
             Some(router) => {
+                let x = &self.normed.floats[..n_token * config.n_embd];
                 let n_used = config.n_expert_used;
-                self.routing.route(&mut self.team, kernels, router, normed, n_embd, n_used);
-                (n_used, config.expert_activation)
+                self.routing.route(&mut self.team, self.kernels, router, x, config.n_embd, n_used);
+                config.expert_activation
             }
             None => {
                 self.routing.dense(n_token);
-                (1, config.dense_activation)
+                config.dense_activation
             }
         };
-        let routing = &self.routing;
-        let groups = Groups { matrices: &routing.active, row_starts: &routing.row_starts };
-        let n_row = n_token * n_used;
-
-        let up = &block.ffn.up;
-        self.activations.convert(&mut self.team, &up.weight, normed, n_embd, &up.weight.name)?;
-        let hidden = &mut self.hidden[..n_row * n_ff];
-        let gelu = match activation {
-            Activation::GeluErf => Kernels::gelu_erf,
-            Activation::GeluTanh => Kernels::gelu_tanh,
-        };
-        matmul(
+        feed_forward(
             &mut self.team,
             &mut self.scratch,
             &model.gguf,
-            &up.weight,
-            &self.activations,
-            &groups,
-            |row| routing.token_of_row[row],
-            hidden,
-            |expert, cols, dots, out| {
-                add_bias(kernels, up, expert, cols, dots);
-                gelu(kernels, dots, out);
-            },
-        )?;
-        let down = &block.ffn.down;
-        self.activations.convert(&mut self.team, &down.weight, hidden, n_ff, &down.weight.name)?;
-        let expert_out = &mut self.expert_out[..n_row * n_embd];
-        project(&mut self.team, &mut self.scratch, kernels, &model.gguf, down, &self.activations, &groups, expert_out)?;
-
-        self.team.for_each_chunk(&mut self.y[..n_token * n_embd], ROWS * n_embd, |chunk, out| {
-            for (i, out) in out.chunks_exact_mut(n_embd).enumerate() {
-                let choices = (chunk * ROWS + i) * n_used..(chunk * ROWS + i + 1) * n_used;
-                out.fill(0.0);
-                for choice in choices {
-                    let row = routing.row_of_choice[choice];
-                    kernels.axpy(routing.weights[choice], &expert_out[row * n_embd..(row + 1) * n_embd], out);
-                }
-            }
-        });
-        Ok(())
+            &block.ffn,
+            activation,
+            &self.routing,
+            &self.normed,
+            &mut self.hidden,
+            &mut self.y[..n_token * config.n_embd],
+        )
     }
 }
 
-/// `out = x · weight + bias`, row for row.
-fn project(
-    team: &mut Team,
-    scratch: &mut [Scratch],
-    kernels: &Kernels,
-    gguf: &Gguf,
-    linear: &Linear,
-    x: &Activations,
-    groups: &Groups<'_>,
-    out: &mut [f32],
-) -> Result<()> {
-    matmul(
-        team,
-        scratch,
-        gguf,
-        &linear.weight,
-        x,
-        groups,
-        |row| row,
-        out,
-        |matrix, cols, dots, out| {
-            add_bias(kernels, linear, matrix, cols, dots);
-            out.copy_from_slice(dots);
-        },
-    )
+/// LayerNorm of some rows, which is also where values that are not finite are noticed: every other result flows into one.
+struct NormStep<'a> {
+    norm: &'a Norm,
+    eps: f32,
+    /// What follows, for the error.
+    what: &'a str,
+    failure: FirstError,
 }
 
-/// Adds the bias of columns `cols`, where there is one.
-fn add_bias(kernels: &Kernels, linear: &Linear, matrix: usize, cols: std::ops::Range<usize>, dots: &mut [f32]) {
-    let bias = linear.bias_of(matrix);
-    if !bias.is_empty() {
-        kernels.axpy(1.0, &bias[cols], dots);
+impl<'a> NormStep<'a> {
+    fn new(norm: &'a Norm, eps: f32, what: &'a str) -> Self {
+        NormStep { norm, eps, what, failure: FirstError::default() }
+    }
+
+    /// Normalises up to [`ROWS`] rows of `x` into `out`.
+    fn run(&self, x: &[f32], out: &mut [f32]) {
+        let n_embd = self.norm.scale.len();
+        let n_row = x.len() / n_embd;
+        let (mut mean, mut rstd) = ([0.0; ROWS], [0.0; ROWS]);
+        let (mean, rstd) = (&mut mean[..n_row], &mut rstd[..n_row]);
+        Kernels::get().layer_norm(x, &self.norm.scale, &self.norm.shift, self.eps, out, mean, rstd);
+        // Of infinite variance the root's inverse is 0, of NaN NaN.
+        if let Some(row) = rstd.iter().position(|rstd| rstd.is_nan() || *rstd == 0.0) {
+            let row = &x[row * n_embd..(row + 1) * n_embd];
+            let index = row.iter().position(|x| !x.is_finite()).unwrap_or(0);
+            let what = format!("the input of {}", self.what);
+            self.failure.keep(Err(Error::NotFinite { what, index, value: row[index] }));
+        }
     }
 }

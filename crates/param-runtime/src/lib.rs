@@ -4,7 +4,10 @@
 #![forbid(unsafe_code)]
 
 mod activations;
+mod batch;
+mod candidates;
 mod error;
+mod feed_forward;
 mod forward;
 mod generate;
 mod kv_cache;
@@ -12,12 +15,14 @@ mod matmul;
 mod model;
 mod routing;
 mod sampler;
+mod scratch;
 mod session;
 mod text;
 mod tiles;
 mod trace;
 mod weights;
 
+pub use batch::Batch;
 pub use error::{Error, Result};
 pub use generate::{FinishReason, GenerateOptions, Generation, Overflow, Piece};
 pub use kv_cache::CacheType;

@@ -1,125 +1,131 @@
-//! Activations times the rows of a matrix stack, cut into tiles of outputs that each thread computes alone and in a fixed
-//! order: the number of threads never changes a result.
+//! Products of a few rows of activations with a strip of a matrix's outputs: what every parallel step of a forward pass is made
+//! of. Each output is computed by one thread in a fixed order, so the number of threads never changes a result.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use gguf::Gguf;
-use param_kernels::{Kernels, MAX_TOKENS, TILE_ROWS, Team};
+use param_kernels::{Kernels, TILE_ROWS, Team, Tile};
 
-use crate::activations::{Activations, into_result, keep_first};
-use crate::error::{Error, Result};
-use crate::tiles::Tiles;
-use crate::weights::Matrix;
+use crate::activations::{Activations, Form};
+use crate::error::{Error, FirstError, Result};
+use crate::scratch::Scratch;
+use crate::weights::{Linear, Matrix};
 
-/// A tile's weights stay in the first-level cache while all of its tokens pass over them.
-const TILE_BYTES: usize = 28 * 1024;
-/// Bounds of a tile's width: enough work to claim, few enough columns that small matrices still occupy every thread.
-const TILE_COLS: Range<usize> = 8..64;
-/// Widest tile of a single token: there is no reuse, so balance counts.
-const TILE_COLS_DECODE: usize = 16;
+/// Rows that pass over a strip of weights together: they leave it in the first-level cache, and their products fit beside it.
+pub(crate) const MAX_ROWS: usize = 32;
+/// Widest strip: the work between two claims of a thread, and the width that bias and activation are applied at.
+pub(crate) const MAX_STRIP: usize = 64;
+/// Strips that each thread should find, so that none waits long for the others.
+const STRIPS_PER_THREAD: usize = 4;
 
-/// What each thread needs for itself.
-pub(crate) struct Scratch {
-    /// Outputs of some tokens in a tile.
-    dots: [[f32; TILE_COLS.end]; MAX_TOKENS],
-    /// [QUERY_TILE, head_dim]: queries gathered and scaled, and what attention makes of them.
-    pub queries: Vec<f32>,
-    pub attended: Vec<f32>,
+/// Outputs a thread takes at once of `n_out`: whole tiles and whole blocks of activations, in equal strips, or all of them where
+/// they do not divide so.
+pub(crate) fn strip(n_out: usize, n_thread: usize) -> usize {
+    let narrow = MAX_STRIP / 2;
+    if n_out.is_multiple_of(MAX_STRIP) && n_out / MAX_STRIP >= STRIPS_PER_THREAD * n_thread {
+        MAX_STRIP
+    } else {
+        narrow
+    }
 }
 
-impl Scratch {
-    pub fn new(n_query_element: usize) -> Scratch {
-        Scratch {
-            dots: [[0.0; TILE_COLS.end]; MAX_TOKENS],
-            queries: vec![0.0; n_query_element],
-            attended: vec![0.0; n_query_element],
+/// Products of up to [`MAX_ROWS`] rows with a strip.
+pub(crate) struct Products {
+    dots: Vec<f32>, // [MAX_ROWS, width]
+    width: usize,
+    n_col: usize,
+}
+
+impl Products {
+    pub fn new() -> Products {
+        Products { dots: vec![0.0; MAX_ROWS * MAX_STRIP], width: 0, n_col: 0 }
+    }
+
+    /// Those of the `i`-th row.
+    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        &mut self.dots[i * self.width..i * self.width + self.n_col]
+    }
+}
+
+impl Matrix {
+    /// Rows that [`Matrix::multiply`] takes at once.
+    pub fn max_rows(&self) -> usize {
+        if self.form() == Form::Fine { MAX_ROWS / 2 } else { MAX_ROWS }
+    }
+
+    /// Outputs `cols` of matrix `matrix`, at most [`MAX_STRIP`] from a multiple of 16 on, for rows `rows` of `x`.
+    pub fn multiply(
+        &self,
+        gguf: &Gguf,
+        matrix: usize,
+        cols: Range<usize>,
+        x: &Activations,
+        rows: &[usize],
+        out: &mut Products,
+    ) -> Result<()> {
+        out.n_col = cols.len();
+        let Some(tiles) = &self.tiles else {
+            out.width = cols.len();
+            let first = matrix * self.n_row;
+            let weights = &self.data(gguf)?[(first + cols.start) * self.row_bytes..(first + cols.end) * self.row_bytes];
+            for (i, &row) in rows.iter().enumerate() {
+                let failed = |cause| Error::Compute { what: format!("tensor `{}`", self.name), cause };
+                self.kernel.dot_rows(weights, x.bytes(row), out.row_mut(i)).map_err(failed)?;
+            }
+            return Ok(());
+        };
+        let n_tile = cols.len().div_ceil(TILE_ROWS);
+        out.width = n_tile * TILE_ROWS;
+        let fine = self.form() == Form::Fine;
+        x.with_rows::<MAX_ROWS>(tiles.format.operand(), rows, |x| {
+            let n = rows.len() * (1 + usize::from(fine));
+            let dots = &mut out.dots[..n * out.width];
+            tiles.format.matmul(Kernels::get(), tiles.strip(matrix, cols.start, n_tile), n_tile, x, dots);
+        });
+        if fine {
+            for i in 0..rows.len() {
+                for j in 0..out.width {
+                    out.dots[i * out.width + j] =
+                        out.dots[2 * i * out.width + j] + out.dots[(2 * i + 1) * out.width + j];
+                }
+            }
         }
+        Ok(())
     }
 }
 
-/// Rows of a matmul's output, in groups that each meet one matrix of the stack.
-pub(crate) struct Groups<'a> {
-    /// The matrix of each group.
-    pub matrices: &'a [usize],
-    /// Where each group starts, and where the last ends: [n_group + 1].
-    pub row_starts: &'a [usize],
-}
-
-impl Groups<'_> {
-    /// Whether every group has one row.
-    fn are_single(&self) -> bool {
-        self.row_starts.last() == Some(&self.matrices.len())
-    }
-}
-
-/// For every row of `out` [n_row, weights.n_row] and tile of columns: `dots = weights[matrix][cols] · x[source(row)]`, then
-/// `finish(matrix, cols, dots, out)` puts them where `out` is the tile's part of the row.
-pub(crate) fn matmul(
+/// `out[group's rows] = x W[group] + b[group]` for every group of `row_starts`: as many weights of one shape, for rows of `out`
+/// [n_row, n_out] that are rows of `x` counted from the group's start.
+pub(crate) fn project(
     team: &mut Team,
     scratch: &mut [Scratch],
     gguf: &Gguf,
-    weights: &Matrix,
+    linears: &[&Linear],
     x: &Activations,
-    groups: &Groups<'_>,
-    source: impl Fn(usize) -> usize + Sync,
+    row_starts: &[usize],
     out: &mut [f32],
-    finish: impl Fn(usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
 ) -> Result<()> {
-    if let Some(tiles) = &weights.tiles {
-        multiply_tiles(team, scratch, tiles, weights.n_row, x, groups, source, out, finish);
-        return Ok(());
-    }
-    let data = weights.data(gguf)?; // [n_matrix, n_row, row_bytes]
-    let (n_out, row_bytes) = (weights.n_row, weights.row_bytes);
-    let widest = if groups.are_single() { TILE_COLS_DECODE } else { TILE_COLS.end };
-    let tile_cols = (TILE_BYTES / row_bytes).clamp(TILE_COLS.start, widest);
-    let failure = Mutex::new(None);
-    team.for_each_tile(scratch, out, n_out, groups.row_starts, tile_cols, |scratch, mut tile| {
-        let (matrix, cols) = (groups.matrices[tile.group()], tile.cols());
-        let first = matrix * n_out;
-        let rows = &data[(first + cols.start) * row_bytes..(first + cols.end) * row_bytes];
-        let dots = &mut scratch.dots[0][..cols.len()];
-        for row in tile.rows() {
-            if let Err(error) = weights.kernel.dot_rows(rows, x.row(source(row)), dots) {
-                return keep_first(&failure, error);
-            }
-            finish(matrix, cols.clone(), dots, tile.row_mut(row));
-        }
-    });
-    into_result(failure).map_err(|cause| Error::Compute { what: format!("tensor `{}`", weights.name), cause })
-}
-
-/// [`matmul`] by weights in tiles: rows go through them several at a time.
-fn multiply_tiles(
-    team: &mut Team,
-    scratch: &mut [Scratch],
-    tiles: &Tiles,
-    n_out: usize,
-    x: &Activations,
-    groups: &Groups<'_>,
-    source: impl Fn(usize) -> usize + Sync,
-    out: &mut [f32],
-    finish: impl Fn(usize, Range<usize>, &mut [f32], &mut [f32]) + Sync,
-) {
-    let kernels = Kernels::get();
-    let widest = if groups.are_single() { TILE_COLS_DECODE } else { TILE_COLS.end };
-    let tile_cols = (TILE_BYTES / tiles.tile_bytes * TILE_ROWS).clamp(TILE_ROWS, widest);
-    team.for_each_tile(scratch, out, n_out, groups.row_starts, tile_cols, |scratch, mut tile| {
-        let (matrix, cols) = (groups.matrices[tile.group()], tile.cols());
-        for first in tile.rows().step_by(MAX_TOKENS) {
-            let n = MAX_TOKENS.min(tile.rows().end - first);
-            let x: [_; MAX_TOKENS] = std::array::from_fn(|i| x.blocks(source(first + i.min(n - 1))));
-            for start in cols.clone().step_by(TILE_ROWS) {
-                let mut dots = [[0.0; TILE_ROWS]; MAX_TOKENS];
-                tiles.format.matmul(kernels, tiles.tile(matrix, start), &x[..n], &mut dots[..n]);
-                for (all, dots) in scratch.dots.iter_mut().zip(&dots[..n]) {
-                    all[start - cols.start..][..TILE_ROWS].copy_from_slice(dots);
+    let n_out = linears[0].weight.n_row;
+    let failure = FirstError::default();
+    let width = strip(n_out, team.n_thread());
+    team.for_each_tile(scratch, out, n_out, row_starts, width, |scratch, mut tile: Tile<'_, f32>| {
+        let linear = linears[tile.group()];
+        let (rows, cols) = (tile.rows(), tile.cols());
+        let bias = linear.bias_of(0);
+        for first in rows.clone().step_by(linear.weight.max_rows()) {
+            let last = rows.end.min(first + linear.weight.max_rows());
+            scratch.rows.clear();
+            scratch.rows.extend(first - rows.start..last - rows.start);
+            let products = &mut scratch.products;
+            failure.keep(linear.weight.multiply(gguf, 0, cols.clone(), x, &scratch.rows, products));
+            for (i, row) in (first..last).enumerate() {
+                let (out, dots) = (tile.row_mut(row), products.row_mut(i));
+                out.copy_from_slice(dots);
+                if !bias.is_empty() {
+                    Kernels::get().axpy(1.0, &bias[cols.clone()], out);
                 }
             }
-            for (i, dots) in scratch.dots[..n].iter_mut().enumerate() {
-                finish(matrix, cols.clone(), &mut dots[..cols.len()], tile.row_mut(first + i));
-            }
         }
     });
+    failure.into_result()
 }

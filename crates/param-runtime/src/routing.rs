@@ -15,8 +15,8 @@ pub(crate) struct Routing {
     pub row_starts: Vec<usize>,
     /// The token of each row: [n_token * n_used].
     pub token_of_row: Vec<usize>,
-    /// The row of each token's choices: [n_token, n_used].
-    pub row_of_choice: Vec<usize>,
+    /// Its weight: [n_token * n_used].
+    pub weight_of_row: Vec<f32>,
     counts: Vec<usize>, // [n_expert]
 }
 
@@ -32,9 +32,14 @@ impl Routing {
             active: Vec::with_capacity(n_expert),
             row_starts: Vec::with_capacity(n_expert + 1),
             token_of_row: zeroed(WHAT, n_choice)?,
-            row_of_choice: zeroed(WHAT, n_choice)?,
+            weight_of_row: zeroed(WHAT, n_choice)?,
             counts: zeroed(WHAT, n_expert)?,
         })
+    }
+
+    /// Rows there are: tokens times experts that each takes.
+    pub fn n_row(&self) -> usize {
+        self.row_starts.last().copied().unwrap_or(0)
     }
 
     /// Sends every one of `n_token` tokens to expert 0 with weight 1: what a dense layer is.
@@ -44,7 +49,7 @@ impl Routing {
         self.row_starts.clear();
         self.row_starts.extend([0, n_token]);
         for row in 0..n_token {
-            (self.token_of_row[row], self.row_of_choice[row], self.weights[row]) = (row, row, 1.0);
+            (self.token_of_row[row], self.weight_of_row[row]) = (row, 1.0);
         }
     }
 
@@ -105,7 +110,7 @@ impl Routing {
             for choice in token * n_used..(token + 1) * n_used {
                 let row = &mut self.counts[self.experts[choice] as usize];
                 self.token_of_row[*row] = token;
-                self.row_of_choice[choice] = *row;
+                self.weight_of_row[*row] = self.weights[choice];
                 *row += 1;
             }
         }
@@ -132,9 +137,10 @@ mod tests {
                 prop_assert!(!rows.is_empty() && routing.token_of_row[rows.clone()].is_sorted());
                 for row in rows {
                     let token = routing.token_of_row[row];
-                    let slot = (0..n_used).find(|s| routing.row_of_choice[token * n_used + s] == row).unwrap();
-                    prop_assert_eq!(routing.experts[token * n_used + slot] as usize, expert);
-                    prop_assert!(!std::mem::replace(&mut seen[row], true));
+                    let choices = token * n_used..(token + 1) * n_used;
+                    let choice = choices.clone().find(|&c| routing.experts[c] as usize == expert).unwrap();
+                    prop_assert_eq!(routing.weight_of_row[row], routing.weights[choice]);
+                    prop_assert!(!std::mem::replace(&mut seen[choice], true));
                 }
             }
             prop_assert!(seen.iter().all(|s| *s));

@@ -3,6 +3,7 @@
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+use crate::candidates::{Best, Candidate, by_logit};
 use crate::error::{Error, Result};
 
 /// How tokens are chosen. [`Default`] is llama.cpp's default; [`SamplerOptions::greedy`] always takes the most likely.
@@ -72,18 +73,6 @@ impl SamplerOptions {
     }
 }
 
-/// A token that is still in the running.
-#[derive(Clone, Copy, Debug)]
-struct Candidate {
-    logit: f32,
-    token: u32,
-}
-
-/// More likely first; of equals the lower id, so that the order is the same everywhere.
-fn by_logit(a: &Candidate, b: &Candidate) -> std::cmp::Ordering {
-    b.logit.total_cmp(&a.logit).then(a.token.cmp(&b.token))
-}
-
 /// Chooses tokens. The same options and logits give the same tokens on every machine.
 #[derive(Debug)]
 pub struct Sampler {
@@ -104,16 +93,44 @@ impl Sampler {
         Ok(Sampler { options: options.clone(), rng, candidates: Vec::new(), weights: Vec::new() })
     }
 
+    /// How many of the largest logits decide, however far the penalties may lower some; 0 if all do.
+    pub(crate) fn n_best(&self) -> usize {
+        let n = if self.options.temperature == 0.0 { 1 } else { self.options.top_k };
+        if n > 0 && self.has_penalties() { n + self.options.penalty_window } else { n }
+    }
+
     /// Chooses from `logits` (`[n_vocab]`); `context` is what came before, newest last, for the penalties. NaN counts as `-inf`.
     ///
     /// # Errors
     /// [`Error::NoLogits`] where no token has a chance.
     pub fn sample(&mut self, logits: &[f32], context: &[u32]) -> Result<u32> {
         self.candidates.clear();
-        // An infinite logit would make every probability NaN; the largest finite one says the same.
-        let finite = logits.iter().map(|&l| if l.is_nan() { f32::NEG_INFINITY } else { l.min(f32::MAX) });
-        self.candidates.extend(finite.zip(0..).map(|(logit, token)| Candidate { logit, token }));
+        self.candidates.extend(logits.iter().zip(0..).map(|(&logit, token)| Candidate::new(logit, token)));
         self.penalize(context);
+        self.choose()
+    }
+
+    /// The same, where the largest of `logits` are known already: if they are enough, nothing else is looked at but the tokens that
+    /// penalties may have raised.
+    pub(crate) fn sample_best(&mut self, logits: &[f32], best: &Best, context: &[u32]) -> Result<u32> {
+        let n_best = self.n_best();
+        if n_best == 0 || best.n() < n_best.min(logits.len()) {
+            return self.sample(logits, context);
+        }
+        self.candidates.clear();
+        self.candidates.extend_from_slice(best.list());
+        if self.has_penalties() {
+            let tokens = context[context.len().saturating_sub(self.options.penalty_window)..].iter();
+            self.candidates.extend(tokens.map(|&token| Candidate::new(logits[token as usize], token)));
+            self.candidates.sort_unstable_by_key(|candidate| candidate.token);
+            self.candidates.dedup_by_key(|candidate| candidate.token);
+            self.penalize(context);
+        }
+        self.choose()
+    }
+
+    /// Chooses among the candidates.
+    fn choose(&mut self) -> Result<u32> {
         if self.options.temperature == 0.0 {
             let best = self.candidates.iter().min_by(|a, b| by_logit(a, b));
             return best.filter(|c| c.logit > f32::NEG_INFINITY).map(|c| c.token).ok_or(Error::NoLogits);
@@ -127,16 +144,22 @@ impl Sampler {
         Ok(self.draw(max))
     }
 
+    fn has_penalties(&self) -> bool {
+        let SamplerOptions { repeat_penalty, presence_penalty, frequency_penalty, .. } = self.options;
+        repeat_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
+    }
+
+    /// Lowers, or raises, the candidates that occur in the window of `context`. They are in order of their tokens.
     fn penalize(&mut self, context: &[u32]) {
-        let SamplerOptions { penalty_window, repeat_penalty, presence_penalty, frequency_penalty, .. } = self.options;
-        if repeat_penalty == 1.0 && presence_penalty == 0.0 && frequency_penalty == 0.0 {
+        if !self.has_penalties() {
             return;
         }
+        let SamplerOptions { penalty_window, repeat_penalty, presence_penalty, frequency_penalty, .. } = self.options;
         let mut window = context[context.len().saturating_sub(penalty_window)..].to_vec();
         window.sort_unstable();
         for run in window.chunk_by(|a, b| a == b) {
-            let Some(candidate) = self.candidates.get_mut(run[0] as usize) else { continue };
-            let logit = &mut candidate.logit;
+            let Ok(at) = self.candidates.binary_search_by_key(&run[0], |candidate| candidate.token) else { continue };
+            let logit = &mut self.candidates[at].logit;
             *logit = if *logit > 0.0 { *logit / repeat_penalty } else { *logit * repeat_penalty };
             *logit -= run.len() as f32 * frequency_penalty + presence_penalty;
             *logit = logit.min(f32::MAX);

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 pub(crate) struct Tiles {
     pub format: TileFormat,
     /// Bytes of a tile of [`TILE_ROWS`] rows.
-    pub tile_bytes: usize,
+    tile_bytes: usize,
     /// Tiles of one matrix; the last may have rows of padding.
     per_matrix: usize,
     map: MmapMut, // [n_matrix, per_matrix, tile_bytes]
@@ -20,18 +20,31 @@ pub(crate) struct Tiles {
 impl Tiles {
     /// The format of tiles for weights of a type, if there is one that this CPU gains by.
     pub fn format(ty: GgmlType) -> Option<TileFormat> {
-        let format = match ty {
-            GgmlType::Q8_0 => TileFormat::Q8_0,
-            GgmlType::Q4_K => TileFormat::Q4K,
+        let kernels = Kernels::get();
+        Some(match ty {
+            GgmlType::F32 => TileFormat::F32,
+            GgmlType::BF16 => TileFormat::Bf16,
+            GgmlType::F16 if kernels.has_bf16() => TileFormat::F16AsBf16,
+            GgmlType::F16 => TileFormat::F16,
+            GgmlType::Q8_0 if kernels.has_int8() => TileFormat::Q8_0,
+            GgmlType::Q4_0 if kernels.has_int8() => TileFormat::Q4_0,
+            GgmlType::Q4_K if kernels.has_int8() => TileFormat::Q4K,
+            GgmlType::Q6_K if kernels.has_int8() => TileFormat::Q6K,
             _ => return None,
-        };
-        Kernels::get().has_int8().then_some(format)
+        })
     }
 
-    /// Repacks `data` [n_matrix, n_row, row_bytes], each thread its own stretch.
-    pub fn pack(team: &mut Team, format: TileFormat, data: &[u8], n_row: usize, row_bytes: usize) -> Result<Tiles> {
+    /// Repacks `data`, matrices of `n_row` rows of `n_col` elements, each thread its own stretch.
+    pub fn pack(
+        team: &mut Team,
+        format: TileFormat,
+        data: &[u8],
+        n_row: usize,
+        n_col: usize,
+        row_bytes: usize,
+    ) -> Result<Tiles> {
         let matrix_bytes = n_row * row_bytes;
-        let (per_matrix, tile_bytes) = (n_row.div_ceil(TILE_ROWS), format.tile_bytes(row_bytes));
+        let (per_matrix, tile_bytes) = (n_row.div_ceil(TILE_ROWS), format.tile_bytes(n_col));
         let bytes = (data.len() / matrix_bytes).saturating_mul(per_matrix).saturating_mul(tile_bytes);
         let refused = |_| Error::OutOfMemory { what: "repacked weights", bytes };
         let mut map = MmapMut::map_anon(bytes).map_err(refused)?;
@@ -41,14 +54,15 @@ impl Tiles {
         team.for_each_chunk(&mut map, tile_bytes, |tile, packed| {
             let (matrix, first) = (tile / per_matrix, tile % per_matrix * TILE_ROWS);
             let rows = first * row_bytes..n_row.min(first + TILE_ROWS) * row_bytes;
-            format.pack(&data[matrix * matrix_bytes..][rows], row_bytes, packed);
+            format.pack(&data[matrix * matrix_bytes..][rows], n_col, packed);
         });
         Ok(Tiles { format, tile_bytes, per_matrix, map })
     }
 
-    /// The tile whose first row is `row`, a multiple of [`TILE_ROWS`], of matrix `matrix`.
-    pub fn tile(&self, matrix: usize, row: usize) -> &[u8] {
+    /// The `n_tile` tiles of matrix `matrix` from the one on whose first row is `row`, a multiple of [`TILE_ROWS`].
+    pub fn strip(&self, matrix: usize, row: usize, n_tile: usize) -> &[u8] {
+        debug_assert!(row.is_multiple_of(TILE_ROWS));
         let start = (matrix * self.per_matrix + row / TILE_ROWS) * self.tile_bytes;
-        &self.map[start..start + self.tile_bytes]
+        &self.map[start..start + n_tile * self.tile_bytes]
     }
 }

@@ -2,7 +2,7 @@
 
 use gguf::{GgmlType, Gguf};
 use param_ggml::DotKernel;
-use param_kernels::Team;
+use param_kernels::{Operand, Team};
 
 use crate::activations::Form;
 use crate::error::{Error, Result, zeroed};
@@ -15,7 +15,10 @@ pub(crate) struct Matrix {
     pub kernel: DotKernel,
     /// Outputs.
     pub n_row: usize,
+    n_col: usize,
     pub row_bytes: usize,
+    /// Whether its activations are quantized to 15 bits, where int8 alone would cost quality.
+    pub fine: bool,
     /// The matrices repacked, where that is done: what products then read.
     pub tiles: Option<Tiles>,
 }
@@ -28,20 +31,24 @@ impl Matrix {
         let kernel = DotKernel::new(ty).map_err(unusable)?;
         kernel.activation_bytes(n_col).map_err(unusable)?;
         let row_bytes = n_col / ty.block_size() as usize * ty.type_size() as usize;
-        Ok(Matrix { name: name.to_owned(), kernel, n_row, row_bytes, tiles: None })
+        Ok(Matrix { name: name.to_owned(), kernel, n_row, n_col, row_bytes, fine: false, tiles: None })
     }
 
     /// Repacks the weights where this CPU multiplies faster by tiles of their type.
     pub fn repack(&mut self, gguf: &Gguf, team: &mut Team) -> Result<()> {
         if let Some(format) = Tiles::format(self.kernel.weight_type()) {
-            self.tiles = Some(Tiles::pack(team, format, self.data(gguf)?, self.n_row, self.row_bytes)?);
+            self.tiles = Some(Tiles::pack(team, format, self.data(gguf)?, self.n_row, self.n_col, self.row_bytes)?);
         }
         Ok(())
     }
 
     /// What its products read.
-    pub fn activation_form(&self) -> Form {
-        if self.tiles.is_some() { Form::Blocks } else { Form::Ggml(self.kernel.activation_type()) }
+    pub fn form(&self) -> Form {
+        match &self.tiles {
+            Some(tiles) if self.fine && tiles.format.operand() == Operand::Int8 => Form::Fine,
+            Some(tiles) => Form::Tile(tiles.format.operand()),
+            None => Form::Ggml(self.kernel.activation_type()),
+        }
     }
 
     /// The stored bytes: [n_matrix, n_row, row_bytes].

@@ -1,0 +1,73 @@
+//! Probes of what the machine can do, against which kernels are measured: reading memory, and each kind of multiply-add with
+//! operands in registers.
+
+use crate::isa::Isa;
+use crate::tiles::Registers;
+use std::hint::black_box;
+
+/// Independent sums: enough to hide the latency of two multiply-adds a cycle, few enough for the registers.
+const CHAINS: usize = 12;
+
+/// Bytes that a step of every probe multiplies: 16 rows by 4 columns of bytes, by 2 of bf16, or 16 f32.
+const STEP: usize = 64;
+
+/// See [`crate::Kernels::probe_read`].
+#[inline(always)]
+pub(crate) fn read<I: Isa>(x: &[u8]) -> u32 {
+    let (steps, _) = x.as_chunks::<STEP>();
+    let mut acc = [[0u32; STEP / 4]; 4];
+    let (fours, _) = steps.as_chunks::<4>();
+    for four in fours {
+        for (acc, step) in acc.iter_mut().zip(four) {
+            I::Tile::prefetch(step);
+            let (words, _) = step.as_chunks::<4>();
+            for lane in 0..STEP / 4 {
+                acc[lane] ^= u32::from_ne_bytes(words[lane]);
+            }
+        }
+    }
+    acc.as_flattened().iter().fold(0, |a, b| a ^ b)
+}
+
+/// See [`crate::Kernels::probe_int8`].
+#[inline(always)]
+pub(crate) fn int8<I: Isa>(n: usize) -> f64 {
+    let w = I::Tile::bytes(&black_box([3; STEP]));
+    let x = I::Tile::quad(&black_box([1, -1, 2, -2]));
+    let mut acc = [I::Tile::start::<0>(0); CHAINS];
+    for _ in 0..n {
+        for acc in &mut acc {
+            *acc = I::Tile::dot(*acc, w, x);
+        }
+    }
+    black_box(acc.map(I::Tile::to_floats));
+    (2 * STEP * CHAINS * n) as f64
+}
+
+/// See [`crate::Kernels::probe_bf16`].
+#[inline(always)]
+pub(crate) fn bf16<I: Isa>(n: usize) -> f64 {
+    let (w, x) = (black_box([0; STEP]), black_box(0));
+    let mut acc = [I::Tile::splat(0.0); CHAINS];
+    for _ in 0..n {
+        for acc in &mut acc {
+            *acc = I::Tile::dot_brains(*acc, &w, x);
+        }
+    }
+    black_box(acc);
+    (STEP * CHAINS * n) as f64
+}
+
+/// See [`crate::Kernels::probe_f32`].
+#[inline(always)]
+pub(crate) fn f32<I: Isa>(n: usize) -> f64 {
+    let (w, x) = (I::Tile::floats(&black_box([0; STEP])), I::Tile::splat(black_box(0.0)));
+    let mut acc = [I::Tile::splat(0.0); CHAINS];
+    for _ in 0..n {
+        for acc in &mut acc {
+            *acc = I::Tile::madd(w, x, *acc);
+        }
+    }
+    black_box(acc);
+    (STEP / 2 * CHAINS * n) as f64
+}

@@ -1,0 +1,110 @@
+//! f32 and f16 in tiles, column by column of 16 rows, multiplied by f32.
+
+use super::registers::Registers;
+use super::{LINE, TILE_ROWS, blocked, store};
+use crate::isa::Isa;
+
+/// How a column's 16 elements are stored.
+trait Column {
+    const BYTES: usize;
+    fn load<G: Registers>(x: &[u8]) -> G::Floats;
+}
+
+struct F32;
+struct F16;
+
+impl Column for F32 {
+    const BYTES: usize = 4 * TILE_ROWS;
+
+    #[inline(always)]
+    fn load<G: Registers>(x: &[u8]) -> G::Floats {
+        x.first_chunk().map_or(G::splat(0.0), G::floats)
+    }
+}
+
+impl Column for F16 {
+    const BYTES: usize = 2 * TILE_ROWS;
+
+    #[inline(always)]
+    fn load<G: Registers>(x: &[u8]) -> G::Floats {
+        x.first_chunk().map_or(G::splat(0.0), G::halves)
+    }
+}
+
+/// Puts a stored row of elements of `N` bytes into lane `lane` of a tile.
+pub(super) fn pack<const N: usize>(row: &[u8], lane: usize, tile: &mut [u8]) {
+    for (element, column) in row.as_chunks::<N>().0.iter().zip(tile.chunks_exact_mut(N * TILE_ROWS)) {
+        column[lane * N..(lane + 1) * N].copy_from_slice(element);
+    }
+}
+
+/// See [`super::TileFormat::matmul`].
+#[inline(always)]
+pub(crate) fn matmul_f32<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[f32]], out: &mut [f32]) {
+    blocked!(I, rows[F32], tiles, n_tile, x, out);
+}
+
+/// See [`super::TileFormat::matmul`].
+#[inline(always)]
+pub(crate) fn matmul_f16<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[f32]], out: &mut [f32]) {
+    blocked!(I, rows[F16], tiles, n_tile, x, out);
+}
+
+/// Columns whose products are summed apart: one fused multiply-add waits four cycles for the one before it.
+const CHAINS: usize = 2;
+
+#[inline(always)]
+fn rows<C: Column, I: Isa, const R: usize, const T: usize, const FIRST: bool>(
+    tiles: [&[u8]; R],
+    x: &[&[f32]; T], // [T, n_col]
+    out: &mut [f32], // [T, R * 16], tokens `width` apart
+    width: usize,
+) {
+    let n = x[0].len();
+    let mut columns = tiles;
+    for r in 0..R {
+        columns[r] = &tiles[r][..n * C::BYTES];
+    }
+    let mut acc = [[[I::Tile::splat(0.0); R]; T]; CHAINS];
+    for pair in 0..n / CHAINS {
+        if FIRST {
+            columns.iter().for_each(|columns| prefetch::<C, I>(columns, pair * CHAINS));
+        }
+        for chain in 0..CHAINS {
+            multiply::<C, I, R, T>(&mut acc[chain], &columns, x, pair * CHAINS + chain);
+        }
+    }
+    if n % CHAINS > 0 {
+        multiply::<C, I, R, T>(&mut acc[0], &columns, x, n - 1);
+    }
+    let mut sums = acc[0];
+    for t in 0..T {
+        for r in 0..R {
+            sums[t][r] = I::Tile::madd(acc[1][t][r], I::Tile::splat(1.0), acc[0][t][r]);
+        }
+    }
+    store::<I::Tile, R, T>(sums, out, width);
+}
+
+/// Asks for what lies behind columns `i` and `i + 1`.
+#[inline(always)]
+fn prefetch<C: Column, I: Isa>(columns: &[u8], i: usize) {
+    columns[i * C::BYTES..(i + CHAINS) * C::BYTES].as_chunks::<LINE>().0.iter().for_each(I::Tile::prefetch);
+}
+
+/// Adds the products of column `i`.
+#[inline(always)]
+fn multiply<C: Column, I: Isa, const R: usize, const T: usize>(
+    acc: &mut [[<I::Tile as Registers>::Floats; R]; T],
+    columns: &[&[u8]; R],
+    x: &[&[f32]; T],
+    i: usize,
+) {
+    let at = i * C::BYTES;
+    for r in 0..R {
+        let w = C::load::<I::Tile>(&columns[r][at..]);
+        for t in 0..T {
+            acc[t][r] = I::Tile::madd(w, I::Tile::splat(x[t][i]), acc[t][r]);
+        }
+    }
+}
