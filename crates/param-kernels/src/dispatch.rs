@@ -1,5 +1,6 @@
 //! The table of kernels: every body compiled once per instruction set, and the choice made once per process.
 
+use crate::attention::Pages;
 use crate::tiles::ActivationBlock;
 use half::f16;
 use std::sync::OnceLock;
@@ -31,17 +32,18 @@ macro_rules! kernels {
             pub(super) static TABLE: Kernels = Kernels { isa: "baseline", $($op,)* };
         }
 
-        kernels!(@x86 avx2 "avx2" "avx2,fma,f16c" Avx2 $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
-        kernels!(@x86 avx512 "avx512" "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c" Avx512
+        kernels!(@table "x86_64" avx2 "avx2" "avx2,fma,f16c" Avx2 $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
+        kernels!(@table "x86_64" avx512 "avx512" "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c" Avx512
             $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
-        kernels!(@x86 avx512vnni "avx512vnni" "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c" Vnni
+        kernels!(@table "x86_64" avx512vnni "avx512vnni" "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c" Vnni
             $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
-        kernels!(@x86 avx512bf16 "avx512bf16" "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c" VnniBf16
-            $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
+        kernels!(@table "x86_64" avx512bf16 "avx512bf16" "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c"
+            VnniBf16 $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
+        kernels!(@table "aarch64" neon "neon" "neon,dotprod" Neon $($op = $module::$body($($arg: $ty),*) $(-> $ret)?;)*);
     };
-    (@x86 $table:ident $name:literal $features:literal $isa:ident
+    (@table $arch:literal $table:ident $name:literal $features:literal $isa:ident
         $($op:ident = $module:ident::$body:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*) => {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(target_arch = $arch)]
         mod $table {
             use super::*;
             $(#[target_feature(enable = $features)]
@@ -63,8 +65,14 @@ kernels! {
     /// `y = e^x`, within 2 ulp.
     exp = math::exp_slice(x: &[f32], y: &mut [f32]);
 
-    /// `y = x Phi(x)`: GELU as PyTorch computes it by default, within 5e-7.
+    /// `y = x Phi(x)`: GELU as PyTorch computes it by default, within 1e-6.
     gelu_erf = gelu::gelu_erf(x: &[f32], y: &mut [f32]);
+
+    /// [`Kernels::gelu_erf`] of `x + bias` in place, in the first columns of each row of `x` [n_row, width]: as many as `bias` has.
+    bias_gelu_erf = gelu::bias_gelu_erf(bias: &[f32], width: usize, x: &mut [f32]);
+
+    /// The same of [`Kernels::gelu_tanh`].
+    bias_gelu_tanh = gelu::bias_gelu_tanh(bias: &[f32], width: usize, x: &mut [f32]);
 
     /// Multiplies `grad` by the derivative of [`Kernels::gelu_erf`] at `x`.
     gelu_erf_backward = gelu::gelu_erf_backward(x: &[f32], grad: &mut [f32]);
@@ -138,23 +146,21 @@ kernels! {
 
     /// Causal attention of one head over an f32 cache: see [`Kernels::attention_f16`].
     attention_f32 = attention::attention_f32(
-        q: &[f32], k: &[f32], v: &[f32], n_past: usize, head_dim: usize, scratch: &mut [f32], out: &mut [f32],
+        q: &[f32], kv: Pages<'_, f32>, n_past: usize, head_dim: usize, scratch: &mut [f32], out: &mut [f32],
     );
 
     /// Causal attention of one head: query `i` of `q` [n_query, head_dim], already scaled by `1 / sqrt(head_dim)`, sits at
-    /// position `n_past + i` and sees the keys at 0 to its own position. `k` is laid out by [`crate::key_index`], `v` is
-    /// [at least n_past + n_query, head_dim], `scratch` holds [`crate::attention_scratch_len`]. Scores, softmax and weighted
-    /// sum are fused, in blocks of keys, with the running maximum of Milakov and Gimelshein (2018). Writes `out` [n_query,
-    /// head_dim]; a query's result does not depend on those it comes with.
+    /// position `n_past + i` and sees the keys at 0 to its own position, which lie in the pages `kv` ([`crate::key_index`],
+    /// [`crate::value_index`]). `scratch` holds [`crate::attention_scratch_len`]. Scores, softmax and weighted sum are fused, page by
+    /// page, with the running maximum of Milakov and Gimelshein (2018). Writes `out` [n_query, head_dim]; a query's result does
+    /// not depend on those it comes with.
     attention_f16 = attention::attention_f16(
-        q: &[f32], k: &[f16], v: &[f16], n_past: usize, head_dim: usize, scratch: &mut [f32], out: &mut [f32],
+        q: &[f32], kv: Pages<'_, f16>, n_past: usize, head_dim: usize, scratch: &mut [f32], out: &mut [f32],
     );
 
-    /// The same over a cache of int8, `k` and `v` each with the scales of blocks of 32 components
-    /// ([`crate::cache_scales_len`]).
+    /// The same over a cache of int8, with pages of scales of blocks of 32 components ([`crate::key_scale_index`]).
     attention_q8 = attention::attention_q8(
-        q: &[f32], k: (&[i8], &[f16]), v: (&[i8], &[f16]), n_past: usize, head_dim: usize, scratch: &mut [f32],
-        out: &mut [f32],
+        q: &[f32], kv: Pages<'_, i8>, scales: Pages<'_, f16>, n_past: usize, head_dim: usize, scratch: &mut [f32], out: &mut [f32],
     );
 }
 
@@ -190,6 +196,10 @@ impl Kernels {
                 tables.push(&avx2::TABLE);
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if cfg!(target_endian = "little") && std::arch::is_aarch64_feature_detected!("dotprod") {
+            tables.push(&neon::TABLE);
+        }
         tables.push(&baseline::TABLE);
         tables
     }
@@ -204,7 +214,8 @@ impl Kernels {
         self.isa == "avx512bf16"
     }
 
-    /// Name of the instruction set, for reports: `avx512bf16` (with VNNI), `avx512vnni`, `avx512`, `avx2` or `baseline`.
+    /// Name of the instruction set, for reports: `avx512bf16` (with VNNI), `avx512vnni`, `avx512`, `avx2`, `neon` (with int8
+    /// dot products) or `baseline`.
     pub fn isa(&self) -> &'static str {
         self.isa
     }

@@ -119,18 +119,50 @@ mod x86 {
     }
 }
 
-/// Sum in a fixed tree, so that a result does not depend on how the compiler splits the lanes.
-#[inline(always)]
-pub(crate) fn sum_lanes(x: Lanes) -> f32 {
-    let mut x = x;
-    let mut half = LANES / 2;
-    while half > 0 {
-        for i in 0..half {
-            x[i] += x[i + half];
+#[cfg(target_arch = "aarch64")]
+pub(crate) use aarch64::Neon;
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64 {
+    use super::{Isa, LANES, Lanes};
+    use crate::tiles::{NeonRegisters, Registers};
+    use half::f16;
+
+    /// NEON with int8 dot products.
+    pub(crate) struct Neon;
+
+    impl Isa for Neon {
+        const FMA: bool = true;
+        type Tile = NeonRegisters;
+
+        #[inline(always)]
+        fn widen(x: &[f16; LANES]) -> Lanes {
+            let mut y = [0.0; LANES];
+            // SAFETY: 16 f16 are 32 bytes, and bytes have no alignment.
+            NeonRegisters::store(NeonRegisters::halves(unsafe { &*x.as_ptr().cast() }), &mut y);
+            y
         }
-        half /= 2;
+    }
+}
+
+/// All lanes combined, half by half: in a fixed tree, so that a result does not depend on how the compiler splits the lanes, and in
+/// four steps of whole registers.
+#[inline(always)]
+pub(crate) fn fold_lanes<T: Copy>(mut x: [T; LANES], f: impl Fn(T, T) -> T) -> T {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            x[i] = f(x[i], x[i + width]);
+        }
+        width /= 2;
     }
     x[0]
+}
+
+/// Their sum.
+#[inline(always)]
+pub(crate) fn sum_lanes(x: Lanes) -> f32 {
+    fold_lanes(x, |a, b| a + b)
 }
 
 /// `acc += a * b`, lane by lane.

@@ -82,8 +82,8 @@ mod tests {
     }
 
     proptest! {
-        /// Error bounds: forward 2e-5 relative to the largest output (rstd is at most 316); backward 1e-4 of the largest
-        /// entry of the numerical gradient in f64.
+        /// Error bounds: forward 2e-5 relative to the largest output; backward 1e-4 of the largest entry of the numerical gradient
+        /// in f64; times rstd (at most 316) where that exceeds 1, as the mean's rounding counts more where numbers are nearly equal.
         #[test]
         fn every_isa_normalises_and_differentiates((n, x, scale, shift, dy) in case()) {
             let n_row = x.len() / n;
@@ -95,13 +95,14 @@ mod tests {
                 let (mut dx, mut dscale, mut dshift) = (vec![1.0; x.len()], vec![1.0; n], vec![1.0; n]);
                 k.layer_norm_backward(&x, &scale, &mean, &rstd, &dy, &mut dx, &mut dscale, &mut dshift);
 
+                let steepness: Vec<f64> = rstd.iter().map(|&r| f64::from(r).max(1.0)).collect();
                 let (mut want_dscale, mut want_dshift) = (vec![1.0f64; n], vec![1.0f64; n]);
                 for row in 0..n_row {
                     let at = row * n..(row + 1) * n;
                     let (x, dy) = (wide(&x[at.clone()]), wide(&dy[at.clone()]));
                     let want = reference(&x, &wide_scale, &wide_shift);
                     for (got, want) in y[at.clone()].iter().zip(&want) {
-                        prop_assert!((f64::from(*got) - want).abs() <= 2e-5 * want.abs().max(1.0), "{}: {got} for {want}", k.isa());
+                        prop_assert!((f64::from(*got) - want).abs() <= 2e-5 * steepness[row] * want.abs().max(1.0), "{}: {got} for {want}", k.isa());
                     }
                     let loss = |x: &[f64]| -> f64 {
                         reference(x, &wide_scale, &wide_shift).iter().zip(&dy).map(|(y, d)| y * d).sum()
@@ -114,7 +115,7 @@ mod tests {
                     }).collect();
                     let largest = want_dx.iter().fold(1.0f64, |m, v| m.max(v.abs()));
                     for (got, want) in dx[at].iter().zip(&want_dx) {
-                        prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * largest, "{}: dx {got} for {want}", k.isa());
+                        prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * steepness[row] * largest, "{}: dx {got} for {want}", k.isa());
                     }
                     let xhat = reference(&x, &vec![1.0; n], &vec![0.0; n]);
                     for i in 0..n {
@@ -122,8 +123,9 @@ mod tests {
                         want_dshift[i] += dy[i];
                     }
                 }
+                let steepest = steepness.iter().fold(1.0f64, |m, &s| m.max(s));
                 for (got, want) in dscale.iter().chain(&dshift).zip(want_dscale.iter().chain(&want_dshift)) {
-                    prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * want.abs().max(1.0), "{}: {got} for {want}", k.isa());
+                    prop_assert!((f64::from(*got) - want).abs() <= 1e-4 * steepest * want.abs().max(1.0), "{}: {got} for {want}", k.isa());
                 }
             }
         }

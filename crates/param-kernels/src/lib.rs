@@ -12,6 +12,7 @@ mod isa;
 mod layer_norm;
 mod math;
 mod matmul;
+mod prefetch;
 mod probe;
 mod softmax;
 mod spmd;
@@ -19,10 +20,12 @@ mod tiles;
 mod topk;
 
 pub use attention::{
-    CACHE_BLOCK, KEY_GROUP, QUERY_TILE, attention_scratch_len, cache_scales_len, key_cache_len, key_index,
+    KV_BLOCK, KV_PAGE, Pages, QUERY_TILE, attention_scratch_len, key_index, key_scale_index, kv_page_len, kv_scales_len,
+    value_index,
 };
 pub use dispatch::Kernels;
 pub use matmul::{Mat, Write, matmul};
+pub use prefetch::prefetch;
 pub use spmd::{Team, Tile, available_threads};
 pub use tiles::{ActivationBlock, Inputs, Operand, TILE_ROWS, TileFormat};
 pub use topk::top_k;

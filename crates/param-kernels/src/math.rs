@@ -71,6 +71,21 @@ pub(crate) fn normal_cdf<I: Isa>(x: f32) -> f32 {
     if x < 0.0 { tail } else { 1.0 - tail }
 }
 
+/// Error function, within 4e-7: an odd rational function, 1 from where its difference from 1 is less than half an ulp.
+#[inline(always)]
+pub(crate) fn erf<I: Isa>(x: f32) -> f32 {
+    let t = x.abs();
+    let t = if t > 4.0 { 4.0 } else { t };
+    let z = t * t;
+    const P: [f32; 6] =
+        [1.128378061e+00, 2.049347029e-01, 5.463829341e-02, 4.391960881e-03, 2.997247982e-04, 1.941037697e-06];
+    const Q: [f32; 6] =
+        [1.000000000e+00, 5.149436025e-01, 1.200936688e-01, 1.620505716e-02, 1.316865809e-03, 3.775413970e-05];
+    let y = t * poly::<I, 6>(z, P) / poly::<I, 6>(z, Q);
+    // NaN is passed on.
+    (if y > 1.0 { 1.0 } else { y }).copysign(x)
+}
+
 /// Logistic function `s(x) = 1 / (1 + e^-x)` and its derivative `s (1 - s)`, each with relative precision in both tails.
 #[inline(always)]
 pub(crate) fn logistic<I: Isa>(x: f32) -> (f32, f32) {
@@ -98,6 +113,11 @@ pub(crate) fn exp_slice<I: Isa>(x: &[f32], y: &mut [f32]) {
 /// f64 twins of what the standard library lacks.
 #[cfg(test)]
 pub(crate) mod reference {
+    /// `erf(x) = 2 Phi(x sqrt 2) - 1`.
+    pub(crate) fn erf(x: f64) -> f64 {
+        2.0 * normal_cdf(x * std::f64::consts::SQRT_2) - 1.0
+    }
+
     /// `Phi(x)`: the Taylor series near 0, Laplace's continued fraction in the tails.
     pub(crate) fn normal_cdf(x: f64) -> f64 {
         let density = (-0.5 * x * x).exp() / (2.0 * std::f64::consts::PI).sqrt();
@@ -162,6 +182,17 @@ mod tests {
             );
             assert!(y[2].is_nan());
         }
+    }
+
+    #[test]
+    fn erf_is_within_4e_7_and_odd() {
+        for x in sweep(-6.0, 6.0) {
+            let (got, want) = (super::erf::<Baseline>(x), reference::erf(f64::from(x)));
+            assert!((f64::from(got) - want).abs() <= 4e-7, "{x}: {got} for {want}");
+            assert_eq!(got, -super::erf::<Baseline>(-x));
+        }
+        assert_eq!(super::erf::<Baseline>(f32::INFINITY), 1.0);
+        assert!(super::erf::<Baseline>(f32::NAN).is_nan());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Softmax of a row in place, and log-sum-exp; both subtract the maximum first, so neither overflows.
 
-use crate::isa::{Isa, LANES, sum_map};
+use crate::isa::{Isa, LANES, fold_lanes, sum_map};
 use crate::math::exp;
 
 /// Largest element, `-inf` of an empty row. NaN is passed over: it resurfaces in the exponentials.
@@ -13,7 +13,8 @@ pub(crate) fn max<I: Isa>(x: &[f32]) -> f32 {
             best[i] = if chunk[i] > best[i] { chunk[i] } else { best[i] };
         }
     }
-    best.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &v| if v > m { v } else { m })
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    rest.iter().fold(fold_lanes(best, larger), |m, &v| larger(m, v))
 }
 
 #[inline(always)]

@@ -3,12 +3,12 @@
 //! layer is one expert that every token takes.
 
 use gguf::Gguf;
-use param_kernels::{Kernels, Team, Tile};
+use param_kernels::{Kernels, Team, Tile, prefetch};
 use param_model::Activation;
 
 use crate::activations::{Activations, Rows};
 use crate::error::{FirstError, Result};
-use crate::matmul::strip;
+use crate::matmul::{MAX_STRIP, strip};
 use crate::routing::Routing;
 use crate::scratch::Scratch;
 use crate::weights::FeedForward;
@@ -80,27 +80,27 @@ impl Up<'_> {
     ) {
         let kernels = Kernels::get();
         let gelu = match self.activation {
-            Activation::GeluErf => Kernels::gelu_erf,
-            Activation::GeluTanh => Kernels::gelu_tanh,
+            Activation::GeluErf => Kernels::bias_gelu_erf,
+            Activation::GeluTanh => Kernels::bias_gelu_tanh,
         };
         let up = &self.layer.up;
         let expert = self.routing.active[tile.group()];
         let (all, cols) = (tile.rows(), tile.cols());
         let cols = cols.start * per_element..up.weight.n_row.min(cols.end * per_element);
-        let bias = up.bias_of(expert);
+        let bias = match up.bias_of(expert) {
+            [] => &[0.0; MAX_STRIP][..cols.len()],
+            bias => &bias[cols.clone()],
+        };
         for first in all.clone().step_by(up.weight.max_rows()) {
             let rows = first..all.end.min(first + up.weight.max_rows());
             let tokens = &self.routing.token_of_row[rows.clone()];
+            prefetch(bias);
             let products = &mut scratch.products;
             self.failure.keep(up.weight.multiply(self.gguf, expert, cols.clone(), self.x, tokens, products));
+            let (dots, width) = products.rows_mut(rows.len());
+            gelu(kernels, bias, width, dots);
             for (i, row) in rows.enumerate() {
-                let dots = products.row_mut(i);
-                if !bias.is_empty() {
-                    kernels.axpy(1.0, &bias[cols.clone()], dots);
-                }
-                let hidden = &mut scratch.hidden[..cols.len()];
-                gelu(kernels, dots, hidden);
-                write(hidden, tile.row_mut(row));
+                write(products.row_mut(i), tile.row_mut(row));
             }
         }
     }
@@ -130,6 +130,9 @@ fn down(
             for first in (rows[0]..rows[1]).step_by(down.weight.max_rows()) {
                 scratch.rows.clear();
                 scratch.rows.extend(first..rows[1].min(first + down.weight.max_rows()));
+                if !bias.is_empty() {
+                    prefetch(&bias[cols.clone()]);
+                }
                 let products = &mut scratch.products;
                 failure.keep(down.weight.multiply(gguf, expert, cols.clone(), hidden, &scratch.rows, products));
                 for (i, &row) in scratch.rows.iter().enumerate() {

@@ -298,6 +298,10 @@ impl Forward {
                 let out = &mut scratch.attended[..rows.len() * head_dim];
                 let n_past = span.n_past + rows.start - span.first_row;
                 let head = cols.start / head_dim;
+                if rows.len() == 1 {
+                    // What the next task reads, unless another thread takes it: heads lie far apart in memory.
+                    caches[span.sequence].prefetch(index, head + 1);
+                }
                 caches[span.sequence].attend(kernels, index, head, n_past, queries, &mut scratch.keys_values, out);
                 for (row, out) in rows.zip(out.chunks_exact(head_dim)) {
                     tile.row_mut(row).copy_from_slice(out);

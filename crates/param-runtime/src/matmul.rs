@@ -4,7 +4,7 @@
 use std::ops::Range;
 
 use gguf::Gguf;
-use param_kernels::{Kernels, TILE_ROWS, Team, Tile};
+use param_kernels::{Inputs, Kernels, TILE_ROWS, Team, Tile, prefetch};
 
 use crate::activations::{Activations, Form};
 use crate::error::{Error, FirstError, Result};
@@ -39,6 +39,11 @@ pub(crate) struct Products {
 impl Products {
     pub fn new() -> Products {
         Products { dots: vec![0.0; MAX_ROWS * MAX_STRIP], width: 0, n_col: 0 }
+    }
+
+    /// Those of the first `n` rows, and how far apart rows are.
+    pub fn rows_mut(&mut self, n: usize) -> (&mut [f32], usize) {
+        (&mut self.dots[..n * self.width], self.width)
     }
 
     /// Those of the `i`-th row.
@@ -77,11 +82,14 @@ impl Matrix {
         let n_tile = cols.len().div_ceil(TILE_ROWS);
         out.width = n_tile * TILE_ROWS;
         let fine = self.form() == Form::Fine;
-        x.with_rows::<MAX_ROWS>(tiles.format.operand(), rows, |x| {
-            let n = rows.len() * (1 + usize::from(fine));
-            let dots = &mut out.dots[..n * out.width];
-            tiles.format.matmul(Kernels::get(), tiles.strip(matrix, cols.start, n_tile), n_tile, x, dots);
-        });
+        let tile_bytes = tiles.strip(matrix, cols.start, n_tile);
+        let dots = &mut out.dots[..rows.len() * (1 + usize::from(fine)) * out.width];
+        let multiply = |x: Inputs<'_>| tiles.format.matmul(Kernels::get(), tile_bytes, n_tile, x, dots);
+        // Gathering many rows would show where there is but one.
+        match rows.len() {
+            1 => x.with_rows::<2>(tiles.format.operand(), rows, multiply),
+            _ => x.with_rows::<MAX_ROWS>(tiles.format.operand(), rows, multiply),
+        }
         if fine {
             for i in 0..rows.len() {
                 for j in 0..out.width {
@@ -114,6 +122,9 @@ pub(crate) fn project(
         let bias = linear.bias_of(0);
         for first in rows.clone().step_by(linear.weight.max_rows()) {
             let last = rows.end.min(first + linear.weight.max_rows());
+            if !bias.is_empty() {
+                prefetch(&bias[cols.clone()]);
+            }
             scratch.rows.clear();
             scratch.rows.extend(first - rows.start..last - rows.start);
             let products = &mut scratch.products;

@@ -3,13 +3,12 @@
 use param_kernels::{QUERY_TILE, attention_scratch_len};
 
 use crate::candidates::Best;
-use crate::matmul::{MAX_ROWS, MAX_STRIP, Products};
+use crate::matmul::{MAX_ROWS, Products};
 
 pub(crate) struct Scratch {
     pub products: Products,
     /// Which rows of the activations the products are of.
     pub rows: Vec<usize>,
-    pub hidden: [f32; MAX_STRIP],
     pub queries: Vec<f32>,  // [QUERY_TILE, head_dim], gathered and scaled
     pub attended: Vec<f32>, // [QUERY_TILE, head_dim]
     pub keys_values: Vec<f32>,
@@ -22,7 +21,6 @@ impl Scratch {
         Scratch {
             products: Products::new(),
             rows: Vec::with_capacity(MAX_ROWS),
-            hidden: [0.0; MAX_STRIP],
             queries: vec![0.0; QUERY_TILE * head_dim],
             attended: vec![0.0; QUERY_TILE * head_dim],
             keys_values: vec![0.0; attention_scratch_len(head_dim)],

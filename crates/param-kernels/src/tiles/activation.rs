@@ -2,7 +2,8 @@
 //! a minimum are multiplied by, or bf16 in pairs.
 
 use super::BLOCK;
-use crate::isa::{Isa, LANES};
+use super::registers::Registers;
+use crate::isa::{Isa, LANES, fold_lanes};
 
 /// Below it a block becomes zeros: the inverse of its scale would be infinite.
 const MIN_MAGNITUDE: f32 = 1e-30;
@@ -49,14 +50,7 @@ fn quantize<I: Isa>(x: &[f32; BLOCK], out: &mut ActivationBlock) -> bool {
     for lane in 0..LANES {
         bits[lane] = x[lane].abs().to_bits().max(x[lane + LANES].abs().to_bits());
     }
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            bits[lane] = bits[lane].max(bits[lane + width]);
-        }
-        width /= 2;
-    }
-    let max = f32::from_bits(bits[0]);
+    let max = f32::from_bits(fold_lanes(bits, u32::max));
     let inverse = if max < MIN_MAGNITUDE { 0.0 } else { 127.0 / max };
     // Adding 1.5 * 2^23 leaves the integer nearest to a small number in the low bits.
     const ROUND: f32 = 12_582_912.0;
@@ -72,8 +66,8 @@ fn quantize<I: Isa>(x: &[f32; BLOCK], out: &mut ActivationBlock) -> bool {
             out.q[half * LANES / 4 + lane / 4][lane % 4] = integers[half][lane] as i8;
         }
     }
-    let low = integers[0].iter().sum::<i32>();
-    let sum = low + integers[1].iter().sum::<i32>();
+    let [low, high] = I::Tile::sums(&out.q);
+    let sum = low + high;
     out.scale = if max < MIN_MAGNITUDE { 0.0 } else { max / 127.0 };
     out.minus_scaled_sum = -(out.scale * sum as f32);
     (out.minus_sum, out.minus_low_sum) = (-sum, -low);

@@ -50,7 +50,7 @@ fn rows<I: Isa, const R: usize, const T: usize, const FIRST: bool>(
             multiply::<I, R, T, FIRST>(&mut acc[chain], &steps, x, pair * CHAINS + chain);
         }
     }
-    if n % CHAINS > 0 {
+    if !n.is_multiple_of(CHAINS) {
         multiply::<I, R, T, FIRST>(&mut acc[0], &steps, x, n - 1);
     }
     let mut sums = acc[0];

@@ -74,7 +74,7 @@ fn rows<C: Column, I: Isa, const R: usize, const T: usize, const FIRST: bool>(
             multiply::<C, I, R, T>(&mut acc[chain], &columns, x, pair * CHAINS + chain);
         }
     }
-    if n % CHAINS > 0 {
+    if !n.is_multiple_of(CHAINS) {
         multiply::<C, I, R, T>(&mut acc[0], &columns, x, n - 1);
     }
     let mut sums = acc[0];

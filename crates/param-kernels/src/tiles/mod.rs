@@ -4,6 +4,8 @@
 mod activation;
 mod bf16;
 mod float;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod q4_k;
 mod q6_k;
 mod registers;
@@ -19,6 +21,8 @@ pub use activation::ActivationBlock;
 pub(crate) use activation::{pair_row, quantize_rest, quantize_row};
 pub(crate) use bf16::matmul as matmul_bf16;
 pub(crate) use float::{matmul_f16, matmul_f32};
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::NeonRegisters;
 pub(crate) use q4_k::matmul as matmul_q4_k;
 pub(crate) use q6_k::matmul as matmul_q6_k;
 pub(crate) use registers::{Registers, Scalar};

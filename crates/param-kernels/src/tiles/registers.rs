@@ -66,6 +66,13 @@ pub(crate) trait Registers {
         Self::madd(Self::brains(&first), Self::splat(x_first), acc)
     }
 
+    /// Sums of the two halves of a block of activations.
+    #[inline(always)]
+    fn sums(q: &[[i8; 4]; 8]) -> [i32; 2] {
+        let (low, high) = q.as_flattened().split_at(16);
+        [low, high].map(|half| half.iter().map(|&q| i32::from(q)).sum())
+    }
+
     /// Asks for the `N` bytes that lie as far behind `at` as memory is slow: the processor's own prefetching stops at every page.
     fn prefetch<const N: usize>(at: &[u8; N]);
 }

@@ -1,20 +1,17 @@
 //! Registers of AVX2, of AVX-512 VNNI, and of the latter with bf16 dot products.
 
-use super::TILE_ROWS;
+use super::{LINE, TILE_ROWS};
 use super::registers::{Registers, Step};
+use crate::prefetch::line;
 use std::arch::x86_64::*;
 
-const LINE: usize = 64;
 /// Bytes ahead: about 100 ns at the pace of one core.
 const AHEAD: usize = 7168;
 
 #[inline(always)]
 fn prefetch<const N: usize>(at: &[u8; N]) {
     let start = at.as_ptr().wrapping_add(AHEAD);
-    for line in (0..N).step_by(LINE) {
-        // SAFETY: a prefetch never faults, whatever the address; SSE is part of x86-64.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(line).cast()) };
-    }
+    (0..N).step_by(LINE).for_each(|at| line(start.wrapping_add(at)));
 }
 
 #[inline(always)]
@@ -338,6 +335,20 @@ impl<const BF16: bool> Registers for Avx512Registers<BF16> {
             let second = _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32(0xffff_0000_u32 as i32)));
             let acc = Self::madd(second, Self::splat(f32::from_bits(x & 0xffff_0000)), acc);
             Self::madd(first, Self::splat(f32::from_bits(x << 16)), acc)
+        }
+    }
+
+    #[inline(always)]
+    fn sums(q: &[[i8; 4]; 8]) -> [i32; 2] {
+        let q = q.as_ptr().cast::<__m128i>();
+        // SAFETY: reads both halves of 32 bytes, as they were stored; AVX-512 VNNI and VL are enabled wherever Avx512Registers is
+        // named.
+        unsafe {
+            let ones = _mm_set1_epi8(1);
+            let fours = |q| _mm_dpbusd_epi32(_mm_setzero_si128(), ones, _mm_loadu_si128(q));
+            let pairs = _mm_hadd_epi32(fours(q), fours(q.add(1)));
+            let sums = _mm_hadd_epi32(pairs, pairs);
+            [_mm_cvtsi128_si32(sums), _mm_extract_epi32::<1>(sums)]
         }
     }
 
