@@ -6,3 +6,4 @@ mod golden;
 mod hostile;
 mod pipeline;
 mod python;
+mod quality;

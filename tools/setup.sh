@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Installs what building PARAM needs and a bare Debian or Ubuntu lacks: a C compiler, libclang (for the bindings to ggml), a Rust
-# toolchain. Does nothing, and asks for no rights, where all of it is there.
+# toolchain; and the packages named as arguments, which the caller misses. Does nothing, and asks for no rights, where all of it is
+# there.
 set -euo pipefail
 
 have() { command -v "$1" >/dev/null 2>&1; }
 [ -d "${CARGO_HOME:-$HOME/.cargo}/bin" ] && PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 
-missing=()
+missing=("$@")
 have cc || missing+=(build-essential)
 # bindgen loads libclang when it runs and needs clang's own headers, which come with the -dev package.
 if [ -z "${LIBCLANG_PATH:-}" ] && ! ls /usr/lib/llvm-*/lib/libclang.so* >/dev/null 2>&1; then missing+=(libclang-dev); fi

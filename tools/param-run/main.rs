@@ -108,6 +108,9 @@ struct SamplingArgs {
 enum CacheArg {
     F16,
     F32,
+    /// int8 with a scale for every 32: half the memory of f16
+    #[value(name = "q8_0")]
+    Q8_0,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -180,6 +183,7 @@ fn session_options(args: &Args) -> SessionOptions {
         cache_type: args.cache_type.map(|ty| match ty {
             CacheArg::F16 => CacheType::F16,
             CacheArg::F32 => CacheType::F32,
+            CacheArg::Q8_0 => CacheType::Q8_0,
         }),
         ..SessionOptions::default()
     }

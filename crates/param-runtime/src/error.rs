@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 
+use bytemuck::Zeroable;
+use bytemuck::allocation::try_zeroed_vec;
 use gguf::GgmlType;
 
 /// Result with this crate's [`Error`].
@@ -52,11 +54,10 @@ pub enum Error {
     Sampling { option: &'static str, value: f32, expected: &'static str },
 }
 
-/// `n` elements of `T::default()`, or an error where the system refuses the memory.
-pub(crate) fn zeroed<T: Clone + Default>(what: &'static str, n: usize) -> Result<Vec<T>> {
-    let mut buffer = Vec::new();
-    resize(what, &mut buffer, n)?;
-    Ok(buffer)
+/// `n` zeros that cost nothing until they are touched, or an error where the system refuses the memory.
+pub(crate) fn zeroed<T: Zeroable>(what: &'static str, n: usize) -> Result<Vec<T>> {
+    let refused = |()| Error::OutOfMemory { what, bytes: n.saturating_mul(size_of::<T>()) };
+    try_zeroed_vec(n).map_err(refused)
 }
 
 /// Like [`Vec::resize`], or an error where the system refuses the memory.

@@ -4,7 +4,8 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use param_kernels::{
-    KV_BLOCK, KV_PAGE, Kernels, Pages, Team, key_index, key_scale_index, kv_page_len, kv_scales_len, prefetch, value_index,
+    KV_BLOCK, KV_PAGE, Kernels, Pages, Team, key_index, key_scale_index, kv_page_len, kv_scales_len, prefetch,
+    value_index,
 };
 
 use crate::error::{Result, zeroed};

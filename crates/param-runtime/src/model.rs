@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use gguf::{GgmlType, Gguf};
 use param_kernels::{Team, available_threads};
-use param_model::{Config, GGUF_HEAD, Part, Tokenizer, tensors};
+use param_model::{Config, GGUF_HEAD, Part, Role, Tokenizer, tensors};
 
 use crate::error::{Error, Result};
 use crate::kv_cache::CacheType;
@@ -96,6 +96,23 @@ impl Model {
     pub(crate) fn default_cache_type(&self) -> CacheType {
         let is_f32 = self.gguf.tensors().iter().all(|info| info.ty == GgmlType::F32);
         if is_f32 { CacheType::F32 } else { CacheType::F16 }
+    }
+
+    /// Bytes of weights that decoding one token reads: of every matrix, bias and norm, of the experts only those it chooses. Of the
+    /// embeddings it reads a row each, which is not counted.
+    pub fn bytes_per_token(&self) -> u64 {
+        let config = &self.config;
+        let is_head = |part: Part| part == Part::TokenEmbd && self.head.is_none();
+        let bytes = tensors(config).into_iter().filter_map(|spec| {
+            let info = self.gguf.tensor(spec.gguf.as_deref()?)?;
+            Some(match spec.role {
+                Role::TokenEmbedding | Role::PositionEmbedding if !is_head(spec.part) => 0,
+                Role::Expert => info.n_bytes / config.n_expert as u64 * config.n_expert_used as u64,
+                _ => info.n_bytes,
+            })
+        });
+        let head = self.gguf.tensor(GGUF_HEAD).map_or(0, |info| info.n_bytes);
+        bytes.sum::<u64>() + head
     }
 
     /// The matrix from the last hidden state to the logits: [n_vocab, n_embd].

@@ -3,12 +3,22 @@
 use std::sync::Arc;
 
 use gguf::GgmlType;
-use param_runtime::{CacheType, Model, Rows, Session, SessionOptions};
+use param_runtime::{Batch, CacheType, Model, Rows, Sampler, SamplerOptions, Session, SessionOptions};
 use proptest::prelude::*;
 
 use crate::tiny::{Tiny, config, model, tokens};
 
-const TYPES: [GgmlType; 5] = [GgmlType::F32, GgmlType::F16, GgmlType::Q8_0, GgmlType::Q4_0, GgmlType::Q4_K];
+/// One of every kind of kernel, and one that is ggml's.
+const TYPES: [GgmlType; 8] = [
+    GgmlType::F32,
+    GgmlType::F16,
+    GgmlType::BF16,
+    GgmlType::Q8_0,
+    GgmlType::Q4_0,
+    GgmlType::Q4_K,
+    GgmlType::Q6_K,
+    GgmlType::Q5_0,
+];
 
 fn session(model: &Arc<Model>, n_batch: usize, n_thread: usize) -> Session {
     let options = SessionOptions { n_batch: Some(n_batch), n_thread: Some(n_thread), ..SessionOptions::default() };
@@ -116,4 +126,90 @@ fn only_the_chosen_experts_weights_are_read() {
     }
     assert_eq!(n_spoiled, 2 * 2 * 3);
     assert_eq!(whole(&tiny.open().unwrap(), &[9]), want);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    /// Whatever the others in the batch are doing, a sequence is what it would be alone.
+    #[test]
+    fn sequences_in_a_batch_are_what_they_are_alone(
+        ty in prop::sample::select(&TYPES[..]), cache in prop::sample::select(&[CacheType::F16, CacheType::F32, CacheType::Q8_0][..]),
+        n_batch in 1usize..40, n_thread in 1usize..4, lens in prop::collection::vec(0usize..70, 1..6), n_step in 1usize..6,
+    ) {
+        let model = model(ty);
+        let all = tokens(96);
+        let options = SessionOptions { n_batch: Some(n_batch), n_thread: Some(n_thread), cache_type: Some(cache), ..SessionOptions::default() };
+        let mut batch = Batch::new(&model, lens.len(), &options).unwrap();
+        let mut alone: Vec<Session> = lens.iter().map(|_| Session::new(&model, &options).unwrap()).collect();
+        for (i, &len) in lens.iter().enumerate() {
+            batch.push(i, &all[i..i + len]).unwrap();
+            alone[i].push(&all[i..i + len]).unwrap();
+        }
+        for step in 0..n_step {
+            batch.forward(Rows::Last).unwrap();
+            for (i, session) in alone.iter_mut().enumerate().filter(|(i, _)| !batch.tokens(*i).is_empty()) {
+                prop_assert_eq!(batch.logits(i).unwrap(), session.forward(Rows::Last).unwrap(), "{} sequence {}", ty, i);
+            }
+            for (i, session) in alone.iter_mut().enumerate() {
+                // Not all of them go on at every step, one goes back, and one begins anew.
+                match (step + i) % 4 {
+                    0 => {}
+                    1 => {
+                        batch.truncate(i, lens[i] / 2);
+                        session.truncate(lens[i] / 2);
+                    }
+                    2 if step == 2 => {
+                        batch.keep_newest(i, 3);
+                        session.keep_newest(3);
+                    }
+                    _ => {}
+                }
+                if (step + i) % 4 != 0 {
+                    batch.push(i, &all[step..step + 1 + i]).unwrap();
+                    session.push(&all[step..step + 1 + i]).unwrap();
+                }
+            }
+        }
+    }
+
+    /// The candidates picked while the head is computed decide as all logits would.
+    #[test]
+    fn sampling_from_the_picked_candidates_is_sampling_from_all_logits(
+        top_k in 0usize..70, temperature in prop::sample::select(&[0.0f32, 0.7, 2.0][..]), seed: u64, penalty_window in 0usize..20,
+        (repeat_penalty, presence_penalty, frequency_penalty) in (prop::sample::select(&[1.0f32, 1.5, 0.5][..]), -2.0f32..2.0, 0.0f32..1.0),
+        has_penalties: bool,
+    ) {
+        let plain = SamplerOptions { temperature, top_k, seed, penalty_window, ..SamplerOptions::default() };
+        let options = if has_penalties {
+            SamplerOptions { repeat_penalty, presence_penalty, frequency_penalty, ..plain }
+        } else {
+            plain
+        };
+        let (mut picking, mut scanning) = (Sampler::new(&options).unwrap(), Sampler::new(&options).unwrap());
+        let mut session = session(&model(GgmlType::Q8_0), 512, 2);
+        session.push(&tokens(20)).unwrap();
+        for _ in 0..10 {
+            let token = session.sample(&mut picking).unwrap();
+            let context = session.tokens().to_vec();
+            prop_assert_eq!(token, scanning.sample(session.forward(Rows::Last).unwrap(), &context).unwrap());
+            session.push(&[token]).unwrap();
+        }
+    }
+}
+
+#[test]
+fn an_int8_cache_costs_little() {
+    let model = model(GgmlType::F32);
+    let run = |cache_type| {
+        let mut session =
+            Session::new(&model, &SessionOptions { cache_type: Some(cache_type), ..SessionOptions::default() })
+                .unwrap();
+        session.push(&tokens(90)).unwrap();
+        session.forward(Rows::All).unwrap().to_vec()
+    };
+    let (exact, rounded) = (run(CacheType::F32), run(CacheType::Q8_0));
+    let rms = |x: &mut dyn Iterator<Item = f32>| (x.map(|x| f64::from(x * x)).sum::<f64>() / exact.len() as f64).sqrt();
+    let error = rms(&mut exact.iter().zip(&rounded).map(|(a, b)| a - b)) / rms(&mut exact.iter().copied());
+    assert!(error > 0.0 && error < 0.02, "{error}");
 }

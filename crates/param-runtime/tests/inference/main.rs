@@ -3,6 +3,5 @@
 mod batching;
 mod generation;
 mod hostile;
-mod quality;
 mod reference;
 mod tiny;
