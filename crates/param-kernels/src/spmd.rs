@@ -15,6 +15,11 @@ use std::time::{Duration, Instant};
 /// scheduler's time slice.
 const SPIN: Duration = Duration::from_micros(50);
 
+/// How much longer than the caller's own part of a step a worker may take before it counts as not running: beyond any task.
+const LATE: Duration = Duration::from_micros(300);
+/// Steps that a worker which was not running sits out, at first and at most: each time it is late again, twice as many.
+const SIT_OUT: Range<u64> = 64..8192;
+
 /// CPUs this process may run on: the sensible size of a [`Team`].
 pub fn available_threads() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
@@ -29,6 +34,14 @@ struct Share {
     next: AtomicUsize,
 }
 
+/// What the caller knows of a worker.
+#[derive(Default)]
+struct Record {
+    inside: AtomicBool,
+    /// The first step it may take part in again.
+    from: AtomicU64,
+}
+
 struct Shared {
     /// Epoch of the step in the upper half; below it the number of workers inside; bit 0 says whether more may enter.
     state: AtomicU64,
@@ -36,6 +49,7 @@ struct Shared {
     job: UnsafeCell<Option<Job>>,
     shares: Box<[Share]>,      // [n_thread]
     asleep: Box<[AtomicBool]>, // [n_thread - 1]
+    records: Box<[Record]>,    // [n_thread - 1]
     quit: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
@@ -51,13 +65,16 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 /// A fixed group of threads that run steps together; the caller is rank 0 and works too. A worker that the operating system
-/// does not run is not waited for: the others take its share of the step.
+/// does not run is not waited for: the others take its share of the step. One that stops in the middle of a task must be waited
+/// for, and sits out the steps that follow, so that a CPU taken by another process does not halt the rest again and again.
 ///
 /// A panic inside a step reaches the caller once every thread has left the step, and leaves the team usable.
 /// Dropping the team ends its threads.
 pub struct Team {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    /// Steps that each worker sat out when it was last late.
+    sat_out: Vec<u64>, // [n_thread - 1]
 }
 
 impl Team {
@@ -70,6 +87,7 @@ impl Team {
             job: UnsafeCell::new(None),
             shares: (0..n_thread).map(|_| Share { next: AtomicUsize::new(0) }).collect(),
             asleep: (1..n_thread).map(|_| AtomicBool::new(false)).collect(),
+            records: (1..n_thread).map(|_| Record::default()).collect(),
             quit: AtomicBool::new(false),
             panic: Mutex::new(None),
         });
@@ -78,7 +96,7 @@ impl Team {
             std::thread::Builder::new().name(format!("team-{rank}")).spawn(move || work(&shared, rank))
         };
         let workers = (1..n_thread).map_while(|rank| start(rank).ok()).collect();
-        Team { shared, workers }
+        Team { shared, workers, sat_out: vec![0; n_thread - 1] }
     }
 
     /// Threads in the team, the caller included.
@@ -197,24 +215,44 @@ impl Team {
         let epoch = (shared.state.load(Ordering::Relaxed) & !(EPOCH - 1)).wrapping_add(EPOCH);
         // SeqCst pairs with the worker's: either it sees the step before it sleeps, or this sees it asleep.
         shared.state.store(epoch | OPEN, Ordering::SeqCst);
-        for (asleep, worker) in shared.asleep.iter().zip(&self.workers) {
-            if asleep.load(Ordering::SeqCst) {
+        let step = epoch / EPOCH;
+        for ((asleep, record), worker) in shared.asleep.iter().zip(&shared.records).zip(&self.workers) {
+            if asleep.load(Ordering::SeqCst) && record.from.load(Ordering::Relaxed) <= step {
                 worker.thread().unpark();
             }
         }
+        let start = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(|| job(0)));
         shared.state.fetch_and(!OPEN, Ordering::AcqRel);
+        let late = start.elapsed() * 2 + LATE;
         let mut idle = Idle::new();
         while shared.state.load(Ordering::Acquire) != epoch {
             // A worker that is inside but not running needs this CPU.
             if !idle.spin() {
                 std::thread::yield_now();
+                if start.elapsed() > late {
+                    sit_out(&shared.records, &mut self.sat_out, step);
+                }
             }
         }
         let panic = shared.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(payload) = result.err().or(panic) {
             resume_unwind(payload);
         }
+    }
+}
+
+/// Keeps the workers still inside step `step` out of the next ones.
+fn sit_out(records: &[Record], sat_out: &mut [u64], step: u64) {
+    for (record, sat_out) in records.iter().zip(sat_out) {
+        let from = record.from.load(Ordering::Relaxed);
+        if from > step || !record.inside.load(Ordering::Relaxed) {
+            continue;
+        }
+        // Late again soon after it came back: the CPU is not ours for longer.
+        let is_again = step - from < 4 * *sat_out;
+        *sat_out = if is_again { (2 * *sat_out).min(SIT_OUT.end) } else { SIT_OUT.start };
+        record.from.store(step + *sat_out, Ordering::Relaxed);
     }
 }
 
@@ -233,12 +271,17 @@ impl Drop for Team {
 fn work(shared: &Shared, rank: usize) {
     let mut done = 0;
     let mut idle = Idle::new();
-    let ready = |state: u64, done: u64| state & OPEN != 0 && state / EPOCH != done;
+    let record = &shared.records[rank - 1];
+    let ready = |state: u64, done: u64| {
+        let step = state / EPOCH;
+        state & OPEN != 0 && step != done && record.from.load(Ordering::Relaxed) <= step
+    };
     loop {
         let state = shared.state.load(Ordering::Acquire);
         if ready(state, done) {
             if shared.state.compare_exchange(state, state + INSIDE, Ordering::AcqRel, Ordering::Relaxed).is_ok() {
                 done = state / EPOCH;
+                record.inside.store(true, Ordering::Relaxed);
                 // SAFETY: inside an open step the slot is not written, and holds what was written before it opened.
                 let job = unsafe { *shared.job.get() };
                 if let Some(job) = job {
@@ -248,6 +291,7 @@ fn work(shared: &Shared, rank: usize) {
                         *shared.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(payload);
                     }
                 }
+                record.inside.store(false, Ordering::Relaxed);
                 shared.state.fetch_sub(INSIDE, Ordering::Release);
                 idle = Idle::new();
             }
@@ -441,6 +485,39 @@ mod tests {
             });
             assert_eq!(ranks.into_inner().unwrap().len(), 3);
         }
+    }
+
+    #[test]
+    fn a_worker_that_stops_in_the_middle_sits_out_and_comes_back() {
+        let mut team = Team::new(2);
+        // Both take part in a step that neither can finish alone.
+        let meet = |team: &mut Team| {
+            let ranks = Mutex::new(HashSet::new());
+            let start = Instant::now();
+            team.for_each(2, |rank, _| {
+                ranks.lock().unwrap().insert(rank);
+                while ranks.lock().unwrap().len() < 2 && start.elapsed() < Duration::from_secs(1) {
+                    std::thread::yield_now();
+                }
+                if rank == 1 {
+                    std::thread::sleep(20 * LATE);
+                }
+            });
+            ranks.into_inner().unwrap().len()
+        };
+        assert_eq!(meet(&mut team), 2);
+        assert_eq!(team.sat_out, [SIT_OUT.start]);
+        let ranks = Mutex::new(HashSet::new());
+        for _ in 1..SIT_OUT.start {
+            team.for_each(4, |rank, _| {
+                ranks.lock().unwrap().insert(rank);
+                std::thread::sleep(SPIN);
+            });
+        }
+        assert_eq!(ranks.into_inner().unwrap(), HashSet::from([0]));
+        // Back in, and late again: twice as long.
+        assert_eq!(meet(&mut team), 2);
+        assert_eq!(team.sat_out, [2 * SIT_OUT.start]);
     }
 
     #[test]

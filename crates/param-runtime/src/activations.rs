@@ -49,7 +49,7 @@ pub(crate) enum Rows<'a> {
     F32(&'a mut [f32]),
 }
 
-fn grown<'a, T: Clone + Default>(buffer: &'a mut Vec<T>, n: usize) -> Result<&'a mut [T]> {
+fn grown<T: Clone + Default>(buffer: &mut Vec<T>, n: usize) -> Result<&mut [T]> {
     if buffer.len() < n {
         resize("activations", buffer, n)?;
     }

@@ -51,7 +51,8 @@ impl Batch {
             return Err(Error::ContextLength { requested: n_ctx, n_ctx: config.n_ctx });
         }
         let n_batch = options.n_batch.unwrap_or(512).clamp(1, n_ctx.saturating_mul(n_sequence.max(1)));
-        let n_thread = options.n_thread.unwrap_or_else(available_threads);
+        // Threads without a CPU would take turns with those they should help.
+        let n_thread = options.n_thread.unwrap_or(usize::MAX).min(available_threads());
         let cache_type = options.cache_type.unwrap_or_else(|| model.default_cache_type());
         let cache = || KvCache::new(cache_type, config.n_layer, config.n_head, n_ctx, config.head_dim());
         let sequence = || Sequence { tokens: Vec::with_capacity(n_ctx), n_past: 0, logits_row: None };

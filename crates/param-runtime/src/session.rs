@@ -16,7 +16,8 @@ pub struct SessionOptions {
     pub n_ctx: Option<usize>,
     /// Tokens run at once when there are many; `None`: 512. More is faster and takes more memory.
     pub n_batch: Option<usize>,
-    /// Threads, the calling one included; `None`: one for each CPU this process may use. Never changes a result.
+    /// Threads, the calling one included; `None`, or more than there are CPUs for this process: one for each. Never changes a
+    /// result.
     pub n_thread: Option<usize>,
     /// How keys and values are cached; `None`: F32 for models stored entirely in F32, whose precision an f16 cache would
     /// limit, else F16.
