@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use ggml_sys_bleedingedge as sys;
 use gguf::GgmlType;
 
-use crate::{Error, Result};
+use crate::Result;
 
 /// ggml's description of a type, or `None` where this version has none or does not compute with it. The first call
 /// fills ggml's global tables.
@@ -42,7 +42,7 @@ fn check_cpu() -> Result<()> {
         };
         for (feature, compiled, present) in compiled_in {
             if compiled != 0 && !present {
-                return Err(Error::Cpu { feature });
+                return Err(crate::Error::Cpu { feature });
             }
         }
     }

@@ -220,3 +220,16 @@ impl Kernels {
         self.isa
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Who runs the tests for the sake of one table, as under an emulator, names it.
+    #[test]
+    fn the_expected_table_is_chosen() {
+        if let Ok(isa) = std::env::var("PARAM_EXPECT_ISA") {
+            assert_eq!(Kernels::get().isa(), isa);
+        }
+    }
+}

@@ -133,7 +133,10 @@ mod tests {
         let (bias, x) = ([0.25, -1.5, 3.0], [1.0, 2.0, -0.5, 7.0, -3.0, 0.0, 0.125, 7.0]);
         for k in Kernels::supported() {
             for (op, with_bias) in [
-                (Kernels::gelu_erf as fn(&Kernels, &[f32], &mut [f32]), Kernels::bias_gelu_erf as fn(&Kernels, &[f32], usize, &mut [f32])),
+                (
+                    Kernels::gelu_erf as fn(&Kernels, &[f32], &mut [f32]),
+                    Kernels::bias_gelu_erf as fn(&Kernels, &[f32], usize, &mut [f32]),
+                ),
                 (Kernels::gelu_tanh, Kernels::bias_gelu_tanh),
             ] {
                 let mut got = x;

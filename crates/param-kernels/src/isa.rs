@@ -19,6 +19,9 @@ pub(crate) trait Isa {
     /// How it multiplies weights in tiles.
     type Tile: Registers;
 
+    /// Whether registers hold two sums of a tile for each of four tokens.
+    const TWICE: bool = Self::Tile::WIDE;
+
     /// Exact conversion to f32.
     #[inline(always)]
     fn widen(x: &[f16; LANES]) -> Lanes {
@@ -93,6 +96,7 @@ mod x86 {
     impl Isa for Avx512 {
         const FMA: bool = true;
         type Tile = Avx2Registers;
+        const TWICE: bool = true;
 
         #[inline(always)]
         fn widen(x: &[f16; LANES]) -> Lanes {
@@ -208,6 +212,17 @@ mod tests {
                 want.to_bits() == got.to_bits() || (want.is_nan() && got.is_nan()),
                 "{bits:#06x}: {got} for {want}"
             );
+        }
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    #[test]
+    fn neon_widens_every_f16_exactly() {
+        for first in (0..=u16::MAX).step_by(LANES) {
+            let x = std::array::from_fn(|lane| f16::from_bits(first + lane as u16));
+            for (x, got) in x.into_iter().zip(Neon::widen(&x)) {
+                assert!(x.to_f32().to_bits() == got.to_bits() || (x.is_nan() && got.is_nan()), "{got} for {x}");
+            }
         }
     }
 }

@@ -20,8 +20,8 @@ mod tiles;
 mod topk;
 
 pub use attention::{
-    KV_BLOCK, KV_PAGE, Pages, QUERY_TILE, attention_scratch_len, key_index, key_scale_index, kv_page_len, kv_scales_len,
-    value_index,
+    KV_BLOCK, KV_PAGE, Pages, QUERY_TILE, attention_scratch_len, key_index, key_scale_index, kv_page_len,
+    kv_scales_len, value_index,
 };
 pub use dispatch::Kernels;
 pub use matmul::{Mat, Write, matmul};

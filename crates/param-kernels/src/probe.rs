@@ -5,8 +5,13 @@ use crate::isa::Isa;
 use crate::tiles::Registers;
 use std::hint::black_box;
 
-/// Independent sums: enough to hide the latency of two multiply-adds a cycle, few enough for the registers.
+/// Independent sums: enough to hide the latency of two multiply-adds a cycle.
 const CHAINS: usize = 12;
+
+/// As many of them as the registers hold.
+const fn chains<I: Isa>() -> usize {
+    if I::Tile::WIDE { CHAINS } else { CHAINS / 2 }
+}
 
 /// Bytes that a step of every probe multiplies: 16 rows by 4 columns of bytes, by 2 of bf16, or 16 f32.
 const STEP: usize = 64;
@@ -36,12 +41,12 @@ pub(crate) fn int8<I: Isa>(n: usize) -> f64 {
     let x = I::Tile::quad(&black_box([1, -1, 2, -2]));
     let mut acc = [I::Tile::start::<0>(0); CHAINS];
     for _ in 0..n {
-        for acc in &mut acc {
+        for acc in &mut acc[..chains::<I>()] {
             *acc = I::Tile::dot(*acc, w, x);
         }
     }
     black_box(acc.map(I::Tile::to_floats));
-    (2 * STEP * CHAINS * n) as f64
+    (2 * STEP * chains::<I>() * n) as f64
 }
 
 /// See [`crate::Kernels::probe_bf16`].
@@ -50,12 +55,12 @@ pub(crate) fn bf16<I: Isa>(n: usize) -> f64 {
     let (w, x) = (black_box([0; STEP]), black_box(0));
     let mut acc = [I::Tile::splat(0.0); CHAINS];
     for _ in 0..n {
-        for acc in &mut acc {
+        for acc in &mut acc[..chains::<I>()] {
             *acc = I::Tile::dot_brains(*acc, &w, x);
         }
     }
     black_box(acc);
-    (STEP * CHAINS * n) as f64
+    (STEP * chains::<I>() * n) as f64
 }
 
 /// See [`crate::Kernels::probe_f32`].
@@ -64,10 +69,10 @@ pub(crate) fn f32<I: Isa>(n: usize) -> f64 {
     let (w, x) = (I::Tile::floats(&black_box([0; STEP])), I::Tile::splat(black_box(0.0)));
     let mut acc = [I::Tile::splat(0.0); CHAINS];
     for _ in 0..n {
-        for acc in &mut acc {
+        for acc in &mut acc[..chains::<I>()] {
             *acc = I::Tile::madd(w, x, *acc);
         }
     }
     black_box(acc);
-    (STEP / 2 * CHAINS * n) as f64
+    (STEP / 2 * chains::<I>() * n) as f64
 }

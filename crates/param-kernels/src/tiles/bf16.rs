@@ -2,7 +2,7 @@
 
 use super::activation::to_bf16;
 use super::registers::{Registers, Step};
-use super::{STEP, blocked, store};
+use super::{STEP, TURN, blocked, store, twice};
 use crate::isa::Isa;
 use half::f16;
 
@@ -45,9 +45,25 @@ fn rows<I: Isa, const R: usize, const T: usize, const FIRST: bool>(
         steps[r] = &tiles[r].as_chunks().0[..n];
     }
     let mut acc = [[[I::Tile::splat(0.0); R]; T]; CHAINS];
-    for pair in 0..n / CHAINS {
-        for chain in 0..CHAINS {
-            multiply::<I, R, T, FIRST>(&mut acc[chain], &steps, x, pair * CHAINS + chain);
+    let n_pair = n / CHAINS;
+    if twice::<I, T>() {
+        for pair in 0..n_pair {
+            for chain in 0..CHAINS {
+                multiply::<I, R, T, FIRST>(&mut acc[chain], &steps, x, pair * CHAINS + chain);
+            }
+        }
+    } else {
+        let mut rows = *x;
+        for t in 0..T {
+            rows[t] = &x[t][..n];
+        }
+        for turn in 0..n_pair.div_ceil(TURN) * CHAINS {
+            let (chain, first) = (turn % CHAINS, turn / CHAINS * TURN);
+            let mut sums = acc[chain];
+            for pair in first..(first + TURN).min(n_pair) {
+                multiply::<I, R, T, FIRST>(&mut sums, &steps, &rows, pair * CHAINS + chain);
+            }
+            acc[chain] = sums;
         }
     }
     if !n.is_multiple_of(CHAINS) {

@@ -1,7 +1,7 @@
 //! f32 and f16 in tiles, column by column of 16 rows, multiplied by f32.
 
 use super::registers::Registers;
-use super::{LINE, TILE_ROWS, blocked, store};
+use super::{LINE, TILE_ROWS, TURN, blocked, store, twice};
 use crate::isa::Isa;
 
 /// How a column's 16 elements are stored.
@@ -65,17 +65,36 @@ fn rows<C: Column, I: Isa, const R: usize, const T: usize, const FIRST: bool>(
     for r in 0..R {
         columns[r] = &tiles[r][..n * C::BYTES];
     }
+    let mut rows = *x;
+    for t in 0..T {
+        rows[t] = &x[t][..n];
+    }
     let mut acc = [[[I::Tile::splat(0.0); R]; T]; CHAINS];
-    for pair in 0..n / CHAINS {
-        if FIRST {
-            columns.iter().for_each(|columns| prefetch::<C, I>(columns, pair * CHAINS));
+    let n_pair = n / CHAINS;
+    if twice::<I, T>() {
+        for pair in 0..n_pair {
+            if FIRST {
+                columns.iter().for_each(|columns| prefetch::<C, I>(columns, pair * CHAINS));
+            }
+            for chain in 0..CHAINS {
+                multiply::<C, I, R, T>(&mut acc[chain], &columns, &rows, pair * CHAINS + chain);
+            }
         }
-        for chain in 0..CHAINS {
-            multiply::<C, I, R, T>(&mut acc[chain], &columns, x, pair * CHAINS + chain);
+    } else {
+        for turn in 0..n_pair.div_ceil(TURN) * CHAINS {
+            let (chain, first) = (turn % CHAINS, turn / CHAINS * TURN);
+            let mut sums = acc[chain];
+            for pair in first..(first + TURN).min(n_pair) {
+                if FIRST && chain == 0 {
+                    columns.iter().for_each(|columns| prefetch::<C, I>(columns, pair * CHAINS));
+                }
+                multiply::<C, I, R, T>(&mut sums, &columns, &rows, pair * CHAINS + chain);
+            }
+            acc[chain] = sums;
         }
     }
     if !n.is_multiple_of(CHAINS) {
-        multiply::<C, I, R, T>(&mut acc[0], &columns, x, n - 1);
+        multiply::<C, I, R, T>(&mut acc[0], &columns, &rows, n - 1);
     }
     let mut sums = acc[0];
     for t in 0..T {

@@ -16,6 +16,7 @@ mod tests;
 mod x86;
 
 use crate::Kernels;
+use crate::isa::Isa;
 
 pub use activation::ActivationBlock;
 pub(crate) use activation::{pair_row, quantize_rest, quantize_row};
@@ -219,6 +220,14 @@ macro_rules! blocked {
     }};
 }
 use blocked;
+
+/// Whether registers hold the sums of a tile by T tokens twice. Where not, a body that has two of each takes them in turns.
+const fn twice<I: Isa, const T: usize>() -> bool {
+    I::TWICE || T <= 2
+}
+
+/// Products that one of two chains of sums takes before the other's turn, where registers hold one only.
+const TURN: usize = 8;
 
 /// Stores the sums of R tiles by T tokens, tokens `width` apart.
 #[inline(always)]

@@ -2,8 +2,9 @@
 //! byte, then 4 pairs of blocks in 8 steps of 16 rows by 4 columns, the first block of a pair in the low nibbles.
 
 use super::registers::{Registers, Step};
-use super::{ActivationBlock, BLOCK, STEP, TILE_ROWS, blocked, store};
+use super::{ActivationBlock, BLOCK, STEP, TILE_ROWS, blocked, store, twice};
 use crate::isa::Isa;
+use std::ops::Range;
 
 pub(super) const N_ELEMENT: usize = 256;
 /// Blocks that share the two f16.
@@ -89,40 +90,68 @@ fn rows<I: Isa, const R: usize, const T: usize, const FIRST: bool>(
                 head.as_chunks::<STEP>().0.iter().for_each(I::Tile::prefetch);
             }
         }
-        for pair in 0..N_BLOCK / 2 {
-            let mut dots = [[[I::Tile::start::<0>(0); R]; T]; 2];
-            for step in 0..BLOCK / 4 {
-                let at = pair * (BLOCK / 4) + step;
-                if FIRST {
-                    steps.iter().for_each(|steps| I::Tile::prefetch(&steps[at]));
-                }
-                let mut w = [I::Tile::nibbles(I::Tile::bytes(&steps[0][at])); R];
-                for r in 1..R {
-                    w[r] = I::Tile::nibbles(I::Tile::bytes(&steps[r][at]));
-                }
-                for half in 0..2 {
-                    for t in 0..T {
-                        let x = I::Tile::quad(&rows[t][b][2 * pair + half].q[step]);
-                        for r in 0..R {
-                            dots[half][t][r] = I::Tile::dot(dots[half][t][r], w[r][half], x);
-                        }
-                    }
-                }
+        let mut x = [&rows[0][b]; T];
+        for t in 1..T {
+            x[t] = &rows[t][b];
+        }
+        if twice::<I, T>() {
+            for pair in 0..N_BLOCK / 2 {
+                multiply::<I, R, T, FIRST>(&mut acc, &halves, &scales, &steps, x, pair, 0..2);
             }
-            for half in 0..2 {
-                let j = 2 * pair + half;
-                for r in 0..R {
-                    let scale = I::Tile::mul(halves[r][0], I::Tile::unsigned(&scales[r][j][0]));
-                    let minimum = I::Tile::mul(halves[r][1], I::Tile::unsigned(&scales[r][j][1]));
-                    for t in 0..T {
-                        let x = &rows[t][b][j];
-                        let scale = I::Tile::mul(scale, I::Tile::splat(x.scale));
-                        acc[t][r] = I::Tile::madd(I::Tile::to_floats(dots[half][t][r]), scale, acc[t][r]);
-                        acc[t][r] = I::Tile::madd(minimum, I::Tile::splat(x.minus_scaled_sum), acc[t][r]);
-                    }
+        } else {
+            for j in 0..N_BLOCK {
+                if j % 2 == 0 {
+                    multiply::<I, R, T, FIRST>(&mut acc, &halves, &scales, &steps, x, j / 2, 0..1);
+                } else {
+                    multiply::<I, R, T, false>(&mut acc, &halves, &scales, &steps, x, j / 2, 1..2);
                 }
             }
         }
     }
     store::<I::Tile, R, T>(acc, out, width);
+}
+
+/// Adds the products of the `blocks` of a pair.
+#[inline(always)]
+fn multiply<I: Isa, const R: usize, const T: usize, const FIRST: bool>(
+    acc: &mut [[<I::Tile as Registers>::Floats; R]; T],
+    halves: &[[<I::Tile as Registers>::Floats; 2]; R],
+    scales: &[[Scales; N_BLOCK]; R],
+    steps: &[&[Step]; R],
+    x: [&[ActivationBlock; N_BLOCK]; T],
+    pair: usize,
+    blocks: Range<usize>,
+) {
+    let mut dots = [[[I::Tile::start::<0>(0); R]; T]; 2];
+    for step in 0..BLOCK / 4 {
+        let at = pair * (BLOCK / 4) + step;
+        if FIRST {
+            steps.iter().for_each(|steps| I::Tile::prefetch(&steps[at]));
+        }
+        let mut w = [I::Tile::nibbles(I::Tile::bytes(&steps[0][at])); R];
+        for r in 1..R {
+            w[r] = I::Tile::nibbles(I::Tile::bytes(&steps[r][at]));
+        }
+        for half in blocks.clone() {
+            for t in 0..T {
+                let x = I::Tile::quad(&x[t][2 * pair + half].q[step]);
+                for r in 0..R {
+                    dots[half][t][r] = I::Tile::dot(dots[half][t][r], w[r][half], x);
+                }
+            }
+        }
+    }
+    for half in blocks {
+        let j = 2 * pair + half;
+        for r in 0..R {
+            let scale = I::Tile::mul(halves[r][0], I::Tile::unsigned(&scales[r][j][0]));
+            let minimum = I::Tile::mul(halves[r][1], I::Tile::unsigned(&scales[r][j][1]));
+            for t in 0..T {
+                let x = &x[t][j];
+                let scale = I::Tile::mul(scale, I::Tile::splat(x.scale));
+                acc[t][r] = I::Tile::madd(I::Tile::to_floats(dots[half][t][r]), scale, acc[t][r]);
+                acc[t][r] = I::Tile::madd(minimum, I::Tile::splat(x.minus_scaled_sum), acc[t][r]);
+            }
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! Registers of AVX2, of AVX-512 VNNI, and of the latter with bf16 dot products.
 
-use super::{LINE, TILE_ROWS};
 use super::registers::{Registers, Step};
+use super::{LINE, TILE_ROWS};
 use crate::prefetch::line;
 use std::arch::x86_64::*;
 

@@ -1,0 +1,175 @@
+//! What the runs gave: every row as it came, and the table of their medians.
+
+use std::fmt::Write;
+
+use serde_json::{Value, json};
+
+use crate::machine;
+use crate::models::Weights;
+
+#[derive(Default)]
+pub struct Results {
+    rows: Vec<Value>,
+    machine: Vec<Value>,
+    lines: Vec<[String; 13]>,
+}
+
+const HEADINGS: [&str; 13] = [
+    "weights",
+    "MB/token",
+    "threads",
+    "engine",
+    "decode tok/s",
+    "of read",
+    "prefill tok/s",
+    "isa",
+    "others' cores",
+    machine::TESTS[0].2,
+    machine::TESTS[1].2,
+    machine::TESTS[2].2,
+    machine::TESTS[3].2,
+];
+
+impl Results {
+    /// Adds the rows of one turn, with what they belong to.
+    pub fn add(&mut self, weights: &str, engine: &str, turn: u16, rows: Vec<Value>) {
+        for mut row in rows {
+            row["weights"] = json!(weights);
+            row["engine"] = json!(engine);
+            row["turn"] = json!(turn);
+            self.rows.push(row);
+        }
+    }
+
+    /// Adds what the machine could do right after.
+    pub fn add_machine(&mut self, weights: &str, rows: Vec<Value>, n_thread: u16, turn: u16) {
+        for mut row in rows {
+            row["weights"] = json!(weights);
+            row["threads"] = json!(n_thread);
+            row["turn"] = json!(turn);
+            self.machine.push(row);
+        }
+    }
+
+    pub fn rows(&self) -> &[Value] {
+        &self.rows
+    }
+
+    pub fn machine_rows(&self) -> &[Value] {
+        &self.machine
+    }
+
+    /// Adds a line for each engine; the machine's figures, medians over all of them, stand beside the first.
+    pub fn tabulate(&mut self, weights: &Weights, bytes_per_token: Option<u64>, n_thread: u16, engines: &[&str]) {
+        let is_here = |row: &&Value| row["weights"] == weights.name && row["threads"] == n_thread;
+        let machine = machine::TESTS.map(|(test, unit, _)| {
+            let rows = self.machine.iter().filter(is_here).filter(|row| row["test"] == test);
+            Spread::of(rows.filter_map(|row| row[unit].as_f64()))
+        });
+        let mut lines = Vec::new();
+        for (i, engine) in engines.iter().enumerate() {
+            let rows = self.rows.iter().filter(is_here).filter(|row| row["engine"] == *engine).collect::<Vec<_>>();
+            let of_test = |is_decode: bool| {
+                let rows = rows.iter().filter(|row| (row["n_gen"] != 0) == is_decode);
+                Spread::of(rows.filter_map(|row| row["tok/s"].as_f64()))
+            };
+            let decode = of_test(true);
+            let share = match (&decode, &machine[0], bytes_per_token) {
+                (Some(decode), Some(read), Some(bytes)) => {
+                    format!("{:.0}%", 100.0 * decode.median * bytes as f64 / (read.median * 1e9))
+                }
+                _ => String::new(),
+            };
+            let beside_first = |text: String| if i == 0 { text } else { String::new() };
+            let isa = rows.first().and_then(|row| row["isa"].as_str()).unwrap_or_default();
+            let others = Spread::of(rows.iter().filter_map(|row| row["other_cores"].as_f64()));
+            let [read, int8, bf16, f32] = machine.each_ref().map(|spread| beside_first(text(spread)));
+            lines.push([
+                beside_first(weights.label.to_owned()),
+                beside_first(bytes_per_token.map_or(String::new(), |n| format!("{:.0}", n as f64 / 1e6))),
+                beside_first(n_thread.to_string()),
+                (*engine).to_owned(),
+                text(&decode),
+                share,
+                text(&of_test(false)),
+                isa.to_owned(),
+                others.map_or(String::new(), |s| format!("{:.1} ({:.1}–{:.1})", s.median, s.min, s.max)),
+                read,
+                int8,
+                bf16,
+                f32,
+            ]);
+        }
+        self.lines.extend(lines);
+    }
+
+    /// Markdown, columns aligned; those with nothing in them are left out.
+    pub fn table(&self) -> String {
+        let columns = (0..HEADINGS.len()).filter(|&c| self.lines.iter().any(|line| !line[c].is_empty()));
+        let columns = columns.map(|c| {
+            let longest = self.lines.iter().map(|line| line[c].chars().count()).max().unwrap_or(0);
+            (c, longest.max(HEADINGS[c].len()))
+        });
+        let columns = columns.collect::<Vec<_>>();
+        let mut table = String::new();
+        let mut line = |cell: &dyn Fn(usize, usize) -> String| {
+            for &(c, width) in &columns {
+                write!(table, "| {:<width$} ", cell(c, width)).expect("strings take any text");
+            }
+            table.push_str("|\n");
+        };
+        line(&|c, _| HEADINGS[c].to_owned());
+        line(&|_, width| "-".repeat(width));
+        for cells in &self.lines {
+            line(&|c, _| cells[c].clone());
+        }
+        table
+    }
+}
+
+/// Median, least and greatest.
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Spread {
+    fn of(values: impl Iterator<Item = f64>) -> Option<Spread> {
+        let mut sorted = values.collect::<Vec<_>>();
+        sorted.sort_by(f64::total_cmp);
+        let (&min, &max) = (sorted.first()?, sorted.last()?);
+        Some(Spread { median: (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0, min, max })
+    }
+}
+
+/// `median (min–max)`, in three figures or so.
+fn text(spread: &Option<Spread>) -> String {
+    let Some(Spread { median, min, max }) = spread else { return String::new() };
+    let digits = if *median < 20.0 { 1 } else { 0 };
+    format!("{median:.digits$} ({min:.digits$}–{max:.digits$})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_table_has_medians_and_shares_and_no_empty_columns() {
+        let mut results = Results::default();
+        for (turn, rate) in [(1, 100.0), (2, 120.0), (3, 50.0)] {
+            let row = |n_gen, rate| json!({"threads": 2, "isa": "", "n_gen": n_gen, "tok/s": rate});
+            results.add("q4_k", "PARAM", turn, vec![row(0, 10.0 * rate), row(128, rate)]);
+            let read = json!({"test": "read_bandwidth", "GB/s": 40.0});
+            results.add_machine("q4_k", vec![read], 2, turn);
+        }
+        results.tabulate(&Weights::ALL[1], Some(200_000_000), 2, &["PARAM"]);
+        let table = results.table();
+        for cell in ["| 100 (50–120) ", "| 1000 (500–1200) ", "| 50% ", "| 40 (40–40) "] {
+            assert!(table.contains(cell), "`{cell}` in\n{table}");
+        }
+        assert!(!table.contains("isa") && !table.contains("int8"), "{table}");
+        let lengths = table.lines().map(|line| line.chars().count()).collect::<Vec<_>>();
+        assert!(lengths.len() == 3 && lengths.iter().all(|&n| n == lengths[0]), "{table}");
+    }
+}
