@@ -488,36 +488,27 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_stops_in_the_middle_sits_out_and_comes_back() {
-        let mut team = Team::new(2);
-        // Both take part in a step that neither can finish alone.
-        let meet = |team: &mut Team| {
-            let ranks = Mutex::new(HashSet::new());
-            let start = Instant::now();
-            team.for_each(2, |rank, _| {
-                ranks.lock().unwrap().insert(rank);
-                while ranks.lock().unwrap().len() < 2 && start.elapsed() < Duration::from_secs(1) {
-                    std::thread::yield_now();
-                }
-                if rank == 1 {
-                    std::thread::sleep(20 * LATE);
-                }
-            });
-            ranks.into_inner().unwrap().len()
-        };
-        assert_eq!(meet(&mut team), 2);
-        assert_eq!(team.sat_out, [SIT_OUT.start]);
-        let ranks = Mutex::new(HashSet::new());
-        for _ in 1..SIT_OUT.start {
-            team.for_each(4, |rank, _| {
-                ranks.lock().unwrap().insert(rank);
-                std::thread::sleep(SPIN);
-            });
+    fn a_late_worker_sits_out_and_longer_if_it_is_late_again() {
+        let records = [Record::default(), Record::default()];
+        records[1].inside.store(true, Ordering::Relaxed);
+        let mut sat_out = [0; 2];
+        let from = |i: usize| records[i].from.load(Ordering::Relaxed);
+        sit_out(&records, &mut sat_out, 10);
+        assert_eq!((sat_out, from(0), from(1)), ([0, SIT_OUT.start], 0, 10 + SIT_OUT.start));
+        // Noticed twice in one step, it is late once.
+        sit_out(&records, &mut sat_out, 10);
+        assert_eq!(sat_out[1], SIT_OUT.start);
+        let again = from(1) + 5;
+        sit_out(&records, &mut sat_out, again);
+        assert_eq!((sat_out[1], from(1)), (2 * SIT_OUT.start, again + 2 * SIT_OUT.start));
+        // After many steps in time it counts as the first time again.
+        let later = from(1) + 1000;
+        sit_out(&records, &mut sat_out, later);
+        assert_eq!(sat_out[1], SIT_OUT.start);
+        for _ in 0..20 {
+            sit_out(&records, &mut sat_out, from(1));
         }
-        assert_eq!(ranks.into_inner().unwrap(), HashSet::from([0]));
-        // Back in, and late again: twice as long.
-        assert_eq!(meet(&mut team), 2);
-        assert_eq!(team.sat_out, [2 * SIT_OUT.start]);
+        assert_eq!(sat_out[1], SIT_OUT.end);
     }
 
     #[test]
