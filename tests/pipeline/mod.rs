@@ -227,8 +227,8 @@ fn measurements_come_as_json_csv_and_table() {
     }
     let csv = bench("csv");
     let lines = csv.lines().collect::<Vec<_>>();
-    assert_eq!(lines[0], "model,bytes,params,isa,threads,test,n_prompt,n_gen,depth,tok/s,min,max,samples");
+    assert_eq!(lines[0], "model,bytes,params,isa,threads,test,n_prompt,n_gen,depth,sequences,tok/s,min,max,samples");
     assert_eq!(lines.len(), 5);
-    assert!(lines.iter().all(|line| line.split(',').count() == 13), "{csv}");
+    assert!(lines.iter().all(|line| line.split(',').count() == 14), "{csv}");
     assert_eq!(bench("table").lines().filter(|line| line.starts_with("| model.gguf")).count(), 4);
 }
