@@ -185,7 +185,7 @@ macro_rules! blocked {
         assert!(x.iter().all(|row| row.len() == x[0].len()), "rows of activations of different lengths");
         let tile_bytes = if n_tile > 0 { tiles.len() / n_tile } else { 0 };
         let mut first = 0;
-        if <$isa::Tile as Registers>::WIDE && x.len() > 2 {
+        if <$isa::Tile as Registers>::WIDE && x.len() > 16 {
             while first + 2 <= n_tile {
                 let (a, b) = tiles[first * tile_bytes..(first + 2) * tile_bytes].split_at(tile_bytes);
                 $crate::tiles::blocked!(@tokens $isa, $body [$($of)?], 2, [a, b], x, out, first, width);
@@ -200,7 +200,6 @@ macro_rules! blocked {
     }};
     (@tokens $isa:ident, $body:ident [$($of:ident)?], $r:literal, $tiles:expr, $x:ident, $out:ident, $first:ident, $width:ident) => {{
         let (fours, rest) = $x.as_chunks::<4>();
-        let (twos, ones) = rest.as_chunks::<2>();
         let mut rows = $out.get_mut($first * $crate::tiles::TILE_ROWS..).unwrap_or_default();
         for (i, x) in fours.iter().enumerate() {
             if i == 0 {
@@ -210,12 +209,11 @@ macro_rules! blocked {
             }
             rows = rows.get_mut(4 * $width..).unwrap_or_default();
         }
-        for x in twos {
-            $body::<$($of,)? $isa, $r, 2, true>($tiles, x, rows, $width);
-            rows = rows.get_mut(2 * $width..).unwrap_or_default();
-        }
-        for x in ones {
-            $body::<$($of,)? $isa, $r, 1, true>($tiles, std::array::from_ref(x), rows, $width);
+        match rest {
+            &[a, b, c] => $body::<$($of,)? $isa, $r, 3, true>($tiles, &[a, b, c], rows, $width),
+            &[a, b] => $body::<$($of,)? $isa, $r, 2, true>($tiles, &[a, b], rows, $width),
+            &[a] => $body::<$($of,)? $isa, $r, 1, true>($tiles, &[a], rows, $width),
+            _ => {}
         }
     }};
 }
