@@ -120,8 +120,8 @@ fn run(args: &Args) -> Result<()> {
                 for engine in users {
                     eprintln!("turn {turn} of {repetitions}: {}, {n_thread} thread(s), {}", weights.label, engine.name);
                     others::wait(Duration::from_secs(args.patience));
-                    results.add(weights.name, engine.name, turn, engine.rows(path, weights, n_thread)?);
-                    results.add_machine(weights.name, machine.measure(n_thread)?, n_thread, turn);
+                    let rows = engine.rows(path, weights, n_thread)?;
+                    results.add((weights.name, engine.name, n_thread, turn), rows, machine.measure(n_thread)?);
                 }
             }
         }

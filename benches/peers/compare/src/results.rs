@@ -31,24 +31,20 @@ const HEADINGS: [&str; 13] = [
 ];
 
 impl Results {
-    /// Adds the rows of one turn, with what they belong to.
-    pub fn add(&mut self, weights: &str, engine: &str, turn: u16, rows: Vec<Value>) {
-        for mut row in rows {
+    /// Adds the rows of one turn with what they belong to, and what the machine could do right after.
+    pub fn add(&mut self, of: (&str, &str, u16, u16), mut rows: Vec<Value>, mut machine: Vec<Value>) {
+        let (weights, engine, n_thread, turn) = of;
+        let (test, unit, _) = machine::TESTS[0];
+        let read = machine.iter().find(|row| row["test"] == test).map(|row| row[unit].clone());
+        for row in rows.iter_mut().chain(&mut machine) {
             row["weights"] = json!(weights);
             row["engine"] = json!(engine);
-            row["turn"] = json!(turn);
-            self.rows.push(row);
-        }
-    }
-
-    /// Adds what the machine could do right after.
-    pub fn add_machine(&mut self, weights: &str, rows: Vec<Value>, n_thread: u16, turn: u16) {
-        for mut row in rows {
-            row["weights"] = json!(weights);
             row["threads"] = json!(n_thread);
             row["turn"] = json!(turn);
-            self.machine.push(row);
         }
+        rows.iter_mut().for_each(|row| row["read GB/s"] = json!(read));
+        self.rows.extend(rows);
+        self.machine.extend(machine);
     }
 
     pub fn rows(&self) -> &[Value] {
@@ -73,13 +69,12 @@ impl Results {
                 let rows = rows.iter().filter(|row| (row["n_gen"] != 0) == is_decode);
                 Spread::of(rows.filter_map(|row| row["tok/s"].as_f64()))
             };
-            let decode = of_test(true);
-            let share = match (&decode, &machine[0], bytes_per_token) {
-                (Some(decode), Some(read), Some(bytes)) => {
-                    format!("{:.0}%", 100.0 * decode.median * bytes as f64 / (read.median * 1e9))
-                }
-                _ => String::new(),
-            };
+            // Each run against the bandwidth right after it: on a shared machine that changes by a factor of two.
+            let share = Spread::of(rows.iter().filter(|row| row["n_gen"] != 0).filter_map(|row| {
+                let (rate, read) = (row["tok/s"].as_f64()?, row["read GB/s"].as_f64()?);
+                Some(100.0 * rate * bytes_per_token? as f64 / (read * 1e9))
+            }));
+            let share = share.map_or(String::new(), |share| format!("{:.0}%", share.median));
             let beside_first = |text: String| if i == 0 { text } else { String::new() };
             let isa = rows.first().and_then(|row| row["isa"].as_str()).unwrap_or_default();
             let others = Spread::of(rows.iter().filter_map(|row| row["other_cores"].as_f64()));
@@ -89,7 +84,7 @@ impl Results {
                 beside_first(bytes_per_token.map_or(String::new(), |n| format!("{:.0}", n as f64 / 1e6))),
                 beside_first(n_thread.to_string()),
                 (*engine).to_owned(),
-                text(&decode),
+                text(&of_test(true)),
                 share,
                 text(&of_test(false)),
                 isa.to_owned(),
@@ -158,10 +153,9 @@ mod tests {
     fn the_table_has_medians_and_shares_and_no_empty_columns() {
         let mut results = Results::default();
         for (turn, rate) in [(1, 100.0), (2, 120.0), (3, 50.0)] {
-            let row = |n_gen, rate| json!({"threads": 2, "isa": "", "n_gen": n_gen, "tok/s": rate});
-            results.add("q4_k", "PARAM", turn, vec![row(0, 10.0 * rate), row(128, rate)]);
+            let row = |n_gen, rate| json!({"isa": "", "n_gen": n_gen, "tok/s": rate});
             let read = json!({"test": "read_bandwidth", "GB/s": 40.0});
-            results.add_machine("q4_k", vec![read], 2, turn);
+            results.add(("q4_k", "PARAM", 2, turn), vec![row(0, 10.0 * rate), row(128, rate)], vec![read]);
         }
         results.tabulate(&Weights::ALL[1], Some(200_000_000), 2, &["PARAM"]);
         let table = results.table();
