@@ -196,15 +196,25 @@ pub(crate) fn attention_f32<I: Isa>(
     scratch: &mut [f32],
     out: &mut [f32],
 ) {
-    let page = |i| Floats::new(kv.get(i, kv_page_len(head_dim)), head_dim);
-    let ask = |i| prefetch(kv.get(i, kv_page_len(head_dim)));
-    attention::<I, _>(q, page, ask, n_past, head_dim, scratch, out);
+    attention_floats::<I, _>(q, kv, n_past, head_dim, scratch, out);
 }
 
 #[inline(always)]
 pub(crate) fn attention_f16<I: Isa>(
     q: &[f32],
     kv: Pages<'_, f16>,
+    n_past: usize,
+    head_dim: usize,
+    scratch: &mut [f32],
+    out: &mut [f32],
+) {
+    attention_floats::<I, _>(q, kv, n_past, head_dim, scratch, out);
+}
+
+#[inline(always)]
+fn attention_floats<I: Isa, T: Float>(
+    q: &[f32],
+    kv: Pages<'_, T>,
     n_past: usize,
     head_dim: usize,
     scratch: &mut [f32],

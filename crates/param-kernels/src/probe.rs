@@ -38,9 +38,10 @@ pub(crate) fn read<I: Isa>(x: &[u8]) -> u32 {
 #[inline(always)]
 pub(crate) fn int8<I: Isa>(n: usize) -> f64 {
     let w = I::Tile::bytes(&black_box([3; STEP]));
-    let x = I::Tile::quad(&black_box([1, -1, 2, -2]));
     let mut acc = [I::Tile::start::<0>(0); CHAINS];
     for _ in 0..n {
+        // New to the compiler each time: part of a product takes several instructions, which it would do once for all.
+        let x = I::Tile::quad(&black_box([1, -1, 2, -2]));
         for acc in &mut acc[..chains::<I>()] {
             *acc = I::Tile::dot(*acc, w, x);
         }

@@ -18,8 +18,7 @@ pub(crate) const MAX_STRIP: usize = 64;
 /// Strips that each thread should find, so that none waits long for the others.
 const STRIPS_PER_THREAD: usize = 4;
 
-/// Outputs a thread takes at once of `n_out`: whole tiles and whole blocks of activations, in equal strips, or all of them where
-/// they do not divide so.
+/// Outputs a thread takes at once of `n_out`: whole tiles and whole blocks of activations, but for what is left at the end.
 pub(crate) fn strip(n_out: usize, n_thread: usize) -> usize {
     let narrow = MAX_STRIP / 2;
     if n_out.is_multiple_of(MAX_STRIP) && n_out / MAX_STRIP >= STRIPS_PER_THREAD * n_thread {

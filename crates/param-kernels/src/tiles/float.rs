@@ -1,33 +1,53 @@
-//! f32 and f16 in tiles, column by column of 16 rows, multiplied by f32.
+//! f32, f16 and bf16 in tiles: column by column of 16 rows, of bf16 two columns at a time, multiplied by f32 or bf16 and summed in
+//! f32.
 
+use super::activation::to_bf16;
 use super::registers::Registers;
-use super::{LINE, TILE_ROWS, TURN, blocked, store, twice};
+use super::{LINE, STEP, TILE_ROWS, TURN, blocked, store, twice};
 use crate::isa::Isa;
+use half::f16;
 
-/// How a column's 16 elements are stored.
+/// How the columns that one activation meets are stored.
 trait Column {
+    /// What it is multiplied by.
+    type Activation: Copy;
     const BYTES: usize;
-    fn load<G: Registers>(x: &[u8]) -> G::Floats;
+    /// `acc + w x` per row.
+    fn madd<G: Registers>(acc: G::Floats, w: &[u8], x: Self::Activation) -> G::Floats;
 }
 
 struct F32;
 struct F16;
+/// Two columns and two activations.
+struct Bf16;
 
 impl Column for F32 {
+    type Activation = f32;
     const BYTES: usize = 4 * TILE_ROWS;
 
     #[inline(always)]
-    fn load<G: Registers>(x: &[u8]) -> G::Floats {
-        x.first_chunk().map_or(G::splat(0.0), G::floats)
+    fn madd<G: Registers>(acc: G::Floats, w: &[u8], x: f32) -> G::Floats {
+        w.first_chunk().map_or(acc, |w| G::madd(G::floats(w), G::splat(x), acc))
     }
 }
 
 impl Column for F16 {
+    type Activation = f32;
     const BYTES: usize = 2 * TILE_ROWS;
 
     #[inline(always)]
-    fn load<G: Registers>(x: &[u8]) -> G::Floats {
-        x.first_chunk().map_or(G::splat(0.0), G::halves)
+    fn madd<G: Registers>(acc: G::Floats, w: &[u8], x: f32) -> G::Floats {
+        w.first_chunk().map_or(acc, |w| G::madd(G::halves(w), G::splat(x), acc))
+    }
+}
+
+impl Column for Bf16 {
+    type Activation = u32;
+    const BYTES: usize = STEP;
+
+    #[inline(always)]
+    fn madd<G: Registers>(acc: G::Floats, w: &[u8], x: u32) -> G::Floats {
+        w.first_chunk().map_or(acc, |w| G::dot_brains(acc, w, x))
     }
 }
 
@@ -35,6 +55,23 @@ impl Column for F16 {
 pub(super) fn pack<const N: usize>(row: &[u8], lane: usize, tile: &mut [u8]) {
     for (element, column) in row.as_chunks::<N>().0.iter().zip(tile.chunks_exact_mut(N * TILE_ROWS)) {
         column[lane * N..(lane + 1) * N].copy_from_slice(element);
+    }
+}
+
+/// Puts a stored row of bf16 into lane `lane` of a tile.
+pub(super) fn pack_bf16(row: &[u8], lane: usize, tile: &mut [u8]) {
+    for (pair, step) in row.chunks(4).zip(tile.as_chunks_mut::<STEP>().0) {
+        step[4 * lane..4 * lane + pair.len()].copy_from_slice(pair);
+    }
+}
+
+/// The same from a row of f16, rounded.
+pub(super) fn pack_f16_as_bf16(row: &[u8], lane: usize, tile: &mut [u8]) {
+    for (pair, step) in row.chunks(4).zip(tile.as_chunks_mut::<STEP>().0) {
+        for (i, &half) in pair.as_chunks::<2>().0.iter().enumerate() {
+            let rounded = to_bf16(f16::from_le_bytes(half).to_f32()) as u16;
+            step[4 * lane + 2 * i..4 * lane + 2 * i + 2].copy_from_slice(&rounded.to_le_bytes());
+        }
     }
 }
 
@@ -50,14 +87,20 @@ pub(crate) fn matmul_f16<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[f32]], out:
     blocked!(I, rows[F16], tiles, n_tile, x, out);
 }
 
+/// See [`super::TileFormat::matmul`].
+#[inline(always)]
+pub(crate) fn matmul_bf16<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[u32]], out: &mut [f32]) {
+    blocked!(I, rows[Bf16], tiles, n_tile, x, out);
+}
+
 /// Columns whose products are summed apart: one fused multiply-add waits four cycles for the one before it.
 const CHAINS: usize = 2;
 
 #[inline(always)]
 fn rows<C: Column, I: Isa, const R: usize, const T: usize, const FIRST: bool>(
     tiles: [&[u8]; R],
-    x: &[&[f32]; T], // [T, n_col]
-    out: &mut [f32], // [T, R * 16], tokens `width` apart
+    x: &[&[C::Activation]; T], // [T, n_col], of bf16 [T, n_col / 2]
+    out: &mut [f32],           // [T, R * 16], tokens `width` apart
     width: usize,
 ) {
     let n = x[0].len();
@@ -116,14 +159,14 @@ fn prefetch<C: Column, I: Isa>(columns: &[u8], i: usize) {
 fn multiply<C: Column, I: Isa, const R: usize, const T: usize>(
     acc: &mut [[<I::Tile as Registers>::Floats; R]; T],
     columns: &[&[u8]; R],
-    x: &[&[f32]; T],
+    x: &[&[C::Activation]; T],
     i: usize,
 ) {
-    let at = i * C::BYTES;
+    let at = i * C::BYTES..(i + 1) * C::BYTES;
     for r in 0..R {
-        let w = C::load::<I::Tile>(&columns[r][at..]);
+        let w = &columns[r][at.clone()];
         for t in 0..T {
-            acc[t][r] = I::Tile::madd(w, I::Tile::splat(x[t][i]), acc[t][r]);
+            acc[t][r] = C::madd::<I::Tile>(acc[t][r], w, x[t][i]);
         }
     }
 }

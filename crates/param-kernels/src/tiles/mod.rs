@@ -2,7 +2,6 @@
 //! left. Quantized weights meet activations quantized to int8 in blocks of 32; half-precision ones meet bf16, f32 f32.
 
 mod activation;
-mod bf16;
 mod float;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -20,8 +19,7 @@ use crate::isa::Isa;
 
 pub use activation::ActivationBlock;
 pub(crate) use activation::{pair_row, quantize_rest, quantize_row};
-pub(crate) use bf16::matmul as matmul_bf16;
-pub(crate) use float::{matmul_f16, matmul_f32};
+pub(crate) use float::{matmul_bf16, matmul_f16, matmul_f32};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::NeonRegisters;
 pub(crate) use q4_k::matmul as matmul_q4_k;
@@ -144,8 +142,8 @@ impl TileFormat {
                 TileFormat::Q6K => q6_k::pack(row, lane, tile),
                 TileFormat::F32 => float::pack::<4>(row, lane, tile),
                 TileFormat::F16 => float::pack::<2>(row, lane, tile),
-                TileFormat::Bf16 => bf16::pack(row, lane, tile),
-                TileFormat::F16AsBf16 => bf16::pack_f16(row, lane, tile),
+                TileFormat::Bf16 => float::pack_bf16(row, lane, tile),
+                TileFormat::F16AsBf16 => float::pack_f16_as_bf16(row, lane, tile),
             }
         }
     }
@@ -174,8 +172,11 @@ const fn header(n: usize) -> usize {
     n.next_multiple_of(LINE)
 }
 
+/// Tokens up to which memory is what limits a product, rather than arithmetic.
+const FEW: usize = 16;
+
 /// Runs a body over all tiles and tokens: two tiles by four tokens where registers hold that many sums, so that neither weights nor
-/// activations are loaded for one product alone; with up to two tokens one tile after the other, as memory delivers them. The
+/// activations are loaded for one product alone; with few tokens one tile after the other, as memory delivers them. The
 /// body's last parameter says whether it comes first to its tiles, and asks for those that follow.
 macro_rules! blocked {
     ($isa:ident, $body:ident [$($of:ident)?], $tiles:expr, $n_tile:expr, $x:expr, $out:expr) => {{
@@ -185,7 +186,7 @@ macro_rules! blocked {
         assert!(x.iter().all(|row| row.len() == x[0].len()), "rows of activations of different lengths");
         let tile_bytes = if n_tile > 0 { tiles.len() / n_tile } else { 0 };
         let mut first = 0;
-        if <$isa::Tile as Registers>::WIDE && x.len() > 16 {
+        if <$isa::Tile as Registers>::WIDE && x.len() > $crate::tiles::FEW {
             while first + 2 <= n_tile {
                 let (a, b) = tiles[first * tile_bytes..(first + 2) * tile_bytes].split_at(tile_bytes);
                 $crate::tiles::blocked!(@tokens $isa, $body [$($of)?], 2, [a, b], x, out, first, width);

@@ -185,6 +185,21 @@ impl Registers for Avx2Registers {
     }
 
     #[inline(always)]
+    fn dot_brains(acc: Self::Floats, w: &Step, x: u32) -> Self::Floats {
+        let [low, high] = Self::bytes(w);
+        // A bf16 is the upper half of an f32.
+        // SAFETY: AVX2 is enabled wherever Avx2Registers is named.
+        let (first, second) = unsafe {
+            let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            let first = |w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w));
+            let second = |w| _mm256_castsi256_ps(_mm256_and_si256(w, mask));
+            ([first(low), first(high)], [second(low), second(high)])
+        };
+        let acc = Self::madd(second, Self::splat(f32::from_bits(x & 0xffff_0000)), acc);
+        Self::madd(first, Self::splat(f32::from_bits(x << 16)), acc)
+    }
+
+    #[inline(always)]
     fn prefetch<const N: usize>(at: &[u8; N]) {
         prefetch(at);
     }
