@@ -7,7 +7,8 @@ use super::{LINE, STEP, TILE_ROWS, TURN, blocked, store, twice};
 use crate::isa::Isa;
 use half::f16;
 
-/// How the columns that one activation meets are stored.
+/// How the columns that one activation meets are stored. No closures here: one that is not inlined would not have the
+/// instruction set's features.
 trait Column {
     /// What it is multiplied by.
     type Activation: Copy;
@@ -27,7 +28,8 @@ impl Column for F32 {
 
     #[inline(always)]
     fn madd<G: Registers>(acc: G::Floats, w: &[u8], x: f32) -> G::Floats {
-        w.first_chunk().map_or(acc, |w| G::madd(G::floats(w), G::splat(x), acc))
+        let Some(w) = w.first_chunk() else { return acc };
+        G::madd(G::floats(w), G::splat(x), acc)
     }
 }
 
@@ -37,7 +39,8 @@ impl Column for F16 {
 
     #[inline(always)]
     fn madd<G: Registers>(acc: G::Floats, w: &[u8], x: f32) -> G::Floats {
-        w.first_chunk().map_or(acc, |w| G::madd(G::halves(w), G::splat(x), acc))
+        let Some(w) = w.first_chunk() else { return acc };
+        G::madd(G::halves(w), G::splat(x), acc)
     }
 }
 
@@ -47,7 +50,8 @@ impl Column for Bf16 {
 
     #[inline(always)]
     fn madd<G: Registers>(acc: G::Floats, w: &[u8], x: u32) -> G::Floats {
-        w.first_chunk().map_or(acc, |w| G::dot_brains(acc, w, x))
+        let Some(w) = w.first_chunk() else { return acc };
+        G::dot_brains(acc, w, x)
     }
 }
 

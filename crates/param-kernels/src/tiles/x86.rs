@@ -191,9 +191,12 @@ impl Registers for Avx2Registers {
         // SAFETY: AVX2 is enabled wherever Avx2Registers is named.
         let (first, second) = unsafe {
             let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-            let first = |w| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(w));
-            let second = |w| _mm256_castsi256_ps(_mm256_and_si256(w, mask));
-            ([first(low), first(high)], [second(low), second(high)])
+            let first = [_mm256_slli_epi32::<16>(low), _mm256_slli_epi32::<16>(high)];
+            let second = [_mm256_and_si256(low, mask), _mm256_and_si256(high, mask)];
+            (
+                [_mm256_castsi256_ps(first[0]), _mm256_castsi256_ps(first[1])],
+                [_mm256_castsi256_ps(second[0]), _mm256_castsi256_ps(second[1])],
+            )
         };
         let acc = Self::madd(second, Self::splat(f32::from_bits(x & 0xffff_0000)), acc);
         Self::madd(first, Self::splat(f32::from_bits(x << 16)), acc)
