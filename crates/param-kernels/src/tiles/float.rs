@@ -3,7 +3,7 @@
 
 use super::activation::to_bf16;
 use super::registers::Registers;
-use super::{LINE, STEP, TILE_ROWS, TURN, blocked, store, twice};
+use super::{LINE, STEP, Sharing, TILE_ROWS, TURN, blocked, store, twice};
 use crate::isa::Isa;
 use half::f16;
 
@@ -82,19 +82,19 @@ pub(super) fn pack_f16_as_bf16(row: &[u8], lane: usize, tile: &mut [u8]) {
 /// See [`super::TileFormat::matmul`].
 #[inline(always)]
 pub(crate) fn matmul_f32<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[f32]], out: &mut [f32]) {
-    blocked!(I, rows[F32], tiles, n_tile, x, out);
+    blocked!(I, rows[F32], Sharing::USUAL, tiles, n_tile, x, out);
 }
 
 /// See [`super::TileFormat::matmul`].
 #[inline(always)]
 pub(crate) fn matmul_f16<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[f32]], out: &mut [f32]) {
-    blocked!(I, rows[F16], tiles, n_tile, x, out);
+    blocked!(I, rows[F16], Sharing::USUAL, tiles, n_tile, x, out);
 }
 
 /// See [`super::TileFormat::matmul`].
 #[inline(always)]
 pub(crate) fn matmul_bf16<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[u32]], out: &mut [f32]) {
-    blocked!(I, rows[Bf16], tiles, n_tile, x, out);
+    blocked!(I, rows[Bf16], Sharing::USUAL, tiles, n_tile, x, out);
 }
 
 /// Columns whose products are summed apart: one fused multiply-add waits four cycles for the one before it.

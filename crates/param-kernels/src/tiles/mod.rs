@@ -172,36 +172,59 @@ const fn header(n: usize) -> usize {
     n.next_multiple_of(LINE)
 }
 
-/// Tokens up to which memory is what limits a product, rather than arithmetic.
-const FEW: usize = 16;
+/// How tokens share tiles where registers hold the sums of eight products; elsewhere four tokens share one tile.
+struct Sharing {
+    /// Tokens up to which tiles are taken one by one, as memory delivers them; more of them share two tiles four by four.
+    one_tile: usize,
+    /// Whether eight tokens share one tile, rather than four.
+    eight_tokens: bool,
+}
 
-/// Runs a body over all tiles and tokens: two tiles by four tokens where registers hold that many sums, so that neither weights nor
-/// activations are loaded for one product alone; with few tokens one tile after the other, as memory delivers them. The
-/// body's last parameter says whether it comes first to its tiles, and asks for those that follow.
+impl Sharing {
+    const USUAL: Sharing = Sharing { one_tile: 16, eight_tokens: true };
+}
+
+/// Runs a body over all tiles and tokens, so that neither weights nor activations are loaded for one product alone. The body's
+/// last parameter says whether it comes first to its tiles, and asks for those that follow.
 macro_rules! blocked {
-    ($isa:ident, $body:ident [$($of:ident)?], $tiles:expr, $n_tile:expr, $x:expr, $out:expr) => {{
+    ($isa:ident, $body:ident [$($of:ident)?], $sharing:expr, $tiles:expr, $n_tile:expr, $x:expr, $out:expr) => {{
+        let sharing: $crate::tiles::Sharing = $sharing;
         let (tiles, n_tile, x, out): (&[u8], usize, _, &mut [f32]) = ($tiles, $n_tile, $x, $out);
         let width = n_tile * $crate::tiles::TILE_ROWS;
         assert!(out.len() == x.len() * width && (n_tile == 0 || tiles.len().is_multiple_of(n_tile)));
         assert!(x.iter().all(|row| row.len() == x[0].len()), "rows of activations of different lengths");
         let tile_bytes = if n_tile > 0 { tiles.len() / n_tile } else { 0 };
         let mut first = 0;
-        if <$isa::Tile as Registers>::WIDE && x.len() > $crate::tiles::FEW {
+        if <$isa::Tile as Registers>::WIDE && x.len() > sharing.one_tile {
             while first + 2 <= n_tile {
                 let (a, b) = tiles[first * tile_bytes..(first + 2) * tile_bytes].split_at(tile_bytes);
-                $crate::tiles::blocked!(@tokens $isa, $body [$($of)?], 2, [a, b], x, out, first, width);
+                let rows = out.get_mut(first * $crate::tiles::TILE_ROWS..).unwrap_or_default();
+                $crate::tiles::blocked!(@tokens $isa, $body [$($of)?], 2, [a, b], x, rows, width);
                 first += 2;
             }
         }
         while first < n_tile {
             let tile = &tiles[first * tile_bytes..(first + 1) * tile_bytes];
-            $crate::tiles::blocked!(@tokens $isa, $body [$($of)?], 1, [tile], x, out, first, width);
+            let mut rest = x;
+            let mut rows = out.get_mut(first * $crate::tiles::TILE_ROWS..).unwrap_or_default();
+            if <$isa::Tile as Registers>::WIDE && sharing.eight_tokens {
+                while let Some((eight, others)) = rest.split_first_chunk::<8>() {
+                    if rest.len() == x.len() {
+                        $body::<$($of,)? $isa, 1, 8, true>([tile], eight, rows, width);
+                    } else {
+                        $body::<$($of,)? $isa, 1, 8, false>([tile], eight, rows, width);
+                    }
+                    rest = others;
+                    rows = rows.get_mut(8 * width..).unwrap_or_default();
+                }
+            }
+            $crate::tiles::blocked!(@tokens $isa, $body [$($of)?], 1, [tile], rest, rows, width);
             first += 1;
         }
     }};
-    (@tokens $isa:ident, $body:ident [$($of:ident)?], $r:literal, $tiles:expr, $x:ident, $out:ident, $first:ident, $width:ident) => {{
+    (@tokens $isa:ident, $body:ident [$($of:ident)?], $r:literal, $tiles:expr, $x:ident, $rows:expr, $width:ident) => {{
         let (fours, rest) = $x.as_chunks::<4>();
-        let mut rows = $out.get_mut($first * $crate::tiles::TILE_ROWS..).unwrap_or_default();
+        let mut rows = $rows;
         for (i, x) in fours.iter().enumerate() {
             if i == 0 {
                 $body::<$($of,)? $isa, $r, 4, true>($tiles, x, rows, $width);

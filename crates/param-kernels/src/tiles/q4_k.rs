@@ -2,7 +2,7 @@
 //! byte, then 4 pairs of blocks in 8 steps of 16 rows by 4 columns, the first block of a pair in the low nibbles.
 
 use super::registers::{Registers, Step};
-use super::{ActivationBlock, BLOCK, STEP, TILE_ROWS, blocked, store, twice};
+use super::{ActivationBlock, BLOCK, STEP, Sharing, TILE_ROWS, blocked, store, twice};
 use crate::isa::Isa;
 use std::ops::Range;
 
@@ -51,11 +51,14 @@ fn scales_and_minima(six_bit: &[[u8; TILE_ROWS]]) -> [Scales; N_BLOCK] {
     all
 }
 
+/// One tile always: what unpacking its scales costs is best shared by eight tokens, however many there are.
+const SHARING: Sharing = Sharing { one_tile: usize::MAX, eight_tokens: true };
+
 /// See [`super::TileFormat::matmul`].
 #[inline(always)]
 pub(crate) fn matmul<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[ActivationBlock]], out: &mut [f32]) {
     assert!(x.iter().all(|x| x.len().is_multiple_of(N_BLOCK)));
-    blocked!(I, rows [], tiles, n_tile, x, out);
+    blocked!(I, rows [], SHARING, tiles, n_tile, x, out);
 }
 
 #[inline(always)]

@@ -2,7 +2,7 @@
 //! and two halves of 128 columns: 16 steps of 16 rows by 4 columns of low nibbles, 8 steps of the upper two bits.
 
 use super::registers::{Registers, Step};
-use super::{ActivationBlock, BLOCK, STEP, TILE_ROWS, blocked, header, store};
+use super::{ActivationBlock, BLOCK, STEP, Sharing, TILE_ROWS, blocked, header, store};
 use crate::isa::Isa;
 
 pub(super) const N_ELEMENT: usize = 256;
@@ -40,11 +40,14 @@ pub(super) fn pack(row: &[u8], lane: usize, tile: &mut [u8]) {
     }
 }
 
+/// A product needs sums, weights and their parts at once: registers do not hold them for eight tokens.
+const SHARING: Sharing = Sharing { eight_tokens: false, ..Sharing::USUAL };
+
 /// See [`super::TileFormat::matmul`].
 #[inline(always)]
 pub(crate) fn matmul<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[ActivationBlock]], out: &mut [f32]) {
     assert!(x.iter().all(|x| x.len().is_multiple_of(2 * HALF)));
-    blocked!(I, rows [], tiles, n_tile, x, out);
+    blocked!(I, rows[], SHARING, tiles, n_tile, x, out);
 }
 
 #[inline(always)]

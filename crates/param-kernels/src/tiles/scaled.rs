@@ -2,7 +2,7 @@
 //! columns: bytes with 128 added, or nibbles with 8 added, the first 16 columns in the low ones.
 
 use super::registers::{Registers, Step};
-use super::{ActivationBlock, BLOCK, LINE, STEP, TILE_ROWS, blocked, header, store};
+use super::{ActivationBlock, BLOCK, LINE, STEP, Sharing, TILE_ROWS, blocked, header, store};
 use crate::isa::Isa;
 
 /// Bytes of the scales of a block of 16 rows.
@@ -122,13 +122,13 @@ pub(super) fn pack<E: Elements>(row: &[u8], lane: usize, tile: &mut [u8]) {
 /// See [`super::TileFormat::matmul`].
 #[inline(always)]
 pub(crate) fn matmul_q8_0<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[ActivationBlock]], out: &mut [f32]) {
-    blocked!(I, rows[Bytes], tiles, n_tile, x, out);
+    blocked!(I, rows[Bytes], Sharing::USUAL, tiles, n_tile, x, out);
 }
 
 /// See [`super::TileFormat::matmul`].
 #[inline(always)]
 pub(crate) fn matmul_q4_0<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[ActivationBlock]], out: &mut [f32]) {
-    blocked!(I, rows[Nibbles], tiles, n_tile, x, out);
+    blocked!(I, rows[Nibbles], Sharing::USUAL, tiles, n_tile, x, out);
 }
 
 #[inline(always)]

@@ -100,7 +100,7 @@ proptest! {
     /// number of roundings in a chain and |w| the largest of its block of 32, doubled for what a minimum takes off.
     #[test]
     fn every_isa_multiplies_tiles_as_ggml_reads_them(
-        (format, ty) in prop::sample::select(&FORMATS[..]), n_row in 1usize..=3 * TILE_ROWS, n_block in 1usize..5, n_token in 0usize..12, seed: u64,
+        (format, ty) in prop::sample::select(&FORMATS[..]), n_row in 1usize..=3 * TILE_ROWS, n_block in 1usize..5, n_token in 0usize..28, seed: u64,
     ) {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
         let n_block = if ty.block_size() == 1 { n_block * 13 } else { n_block };
