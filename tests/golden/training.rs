@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use param_model::{Checkpoint, Part};
-use param_train::cpu::{Capacity, GradientScale, Losses, Mode, Model, NoiseSource, Sequences};
+use param_train::cpu::{Capacity, Compute, GradientScale, Losses, Mode, Model, NoiseSource, Sequences};
 use param_train::data::IGNORED;
 use param_train::optimizer::{AdamW, Decay, Moments, clip_factor, global_norm};
 use serde_json::Value;
@@ -72,7 +72,7 @@ struct Run {
 
 impl Run {
     fn new(case: &Case) -> Self {
-        let model = Model::new(&case.config);
+        let model = Model::new(&case.config, Compute::default());
         let grads = model.zeros();
         Self { model, params: case.params(), grads }
     }
@@ -120,7 +120,7 @@ fn losses_and_routing_equal_the_reference_at_every_step() {
                 let used = (0..case.config.n_expert).map(|e| routing.of_expert(e).len()).collect::<Vec<_>>();
                 assert_eq!(Value::from(used), expected["used"][i], "{at} used {i}");
             }
-            let norm = global_norm(&run.grads);
+            let norm = global_norm(run.model.table_and_team().1, &run.grads);
             assert_relative(&format!("{at} gradient norm"), norm, &expected["grad_norm"], 1e-5);
             step_by(optimizer, &mut run, &mut moments, norm, step as u64 + 1);
         }
@@ -138,7 +138,8 @@ fn step_by(optimizer: &Value, run: &mut Run, moments: &mut Moments, norm: f64, t
     };
     let clip = clip_factor(norm, number(&optimizer["clip_grad_norm"]));
     let lr = number(&optimizer["lr"]);
-    adamw.step(run.model.table(), &mut run.params, &run.grads, moments, lr, t, clip);
+    let (table, team) = run.model.table_and_team();
+    adamw.step(team, table, &mut run.params, &mut run.grads, moments, lr, t, clip);
 }
 
 #[test]
@@ -224,7 +225,7 @@ fn parameters_after_three_adamw_steps_equal_the_reference() {
         let mut moments = Moments { first: run.model.zeros(), second: run.model.zeros() };
         for t in 1..=3 {
             run.gradients(variant);
-            let norm = global_norm(&run.grads);
+            let norm = global_norm(run.model.table_and_team().1, &run.grads);
             step_by(optimizer, &mut run, &mut moments, norm, t);
         }
         for_each_tensor(case, variant, |i, name, entry| {

@@ -9,7 +9,7 @@ use param_model::Config;
 use param_train::data::Layout;
 use param_train::optimizer::{AdamW, Decay};
 use param_train::schedule::{Curve, Schedule};
-use param_train::settings::{Dropping, Settings};
+use param_train::settings::{Dropping, Dtype, Settings};
 
 /// Train a PARAM model on text: a tokenizer, then the model, in checkpoints that param-convert takes.
 ///
@@ -144,6 +144,12 @@ pub struct Training {
     /// Decay norms and biases as well, as the reference does
     #[arg(long)]
     pub decay_all: bool,
+    /// What matrix products are computed in [default: f32]
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<DtypeName>,
+    /// Keep of each block only its input and compute the rest again in the backward pass: less memory, a third more arithmetic
+    #[arg(long)]
+    pub recompute: bool,
     /// Largest gradient norm [default: 1]
     #[arg(long)]
     pub clip: Option<f32>,
@@ -189,11 +195,26 @@ pub enum ScheduleName {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+pub enum DtypeName {
+    /// Exact
+    F32,
+    /// Factors rounded to bf16, sums in f32, parameters kept in f32: twice as fast where the processor multiplies bf16
+    Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 pub enum LayoutName {
     /// Documents one after the other with end-of-text between, no padding
     Packed,
     /// One document a row, cut off or padded, as in the reference
     Document,
+}
+
+impl Flags {
+    /// Threads to use.
+    pub fn n_thread(&self) -> usize {
+        self.threads.map_or_else(param_kernels::available_threads, usize::from)
+    }
 }
 
 impl Model {
@@ -267,6 +288,8 @@ impl Training {
                 decay_fraction: 0.2,
             },
             adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decay: Decay::Matrices },
+            dtype: Dtype::F32,
+            recompute: false,
             clip: 1.0,
             dropping: Dropping::Never,
             eval_every: tenth,
@@ -309,6 +332,12 @@ impl Training {
             ScheduleName::Wsd => Curve::Wsd,
         });
         set(&mut s.schedule.curve, curve);
+        let dtype = self.dtype.map(|name| match name {
+            DtypeName::F32 => Dtype::F32,
+            DtypeName::Bf16 => Dtype::Bf16,
+        });
+        set(&mut s.dtype, dtype);
+        set(&mut s.recompute, self.recompute.then_some(true));
         let layout = self.layout.map(|name| match name {
             LayoutName::Packed => Layout::Packed,
             LayoutName::Document => Layout::OneDocumentPerRow,

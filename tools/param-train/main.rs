@@ -48,8 +48,7 @@ fn on_the_command_line(error: anyhow::Error) -> Result<ExitCode> {
 }
 
 fn run(flags: &Flags) -> Result<ExitCode> {
-    let threads = flags.threads.map_or(0, usize::from); // 0 is rayon's word for all cores
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build_global().context("starting threads")?;
+    rayon::ThreadPoolBuilder::new().num_threads(flags.n_thread()).build_global().context("starting threads")?;
     let stop = cli::interrupt_flag()?;
     let out = flags.out.as_deref();
     match (flags.task.checkpoint.as_deref(), out) {
@@ -93,7 +92,7 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
     let cache = tempfile::tempdir().context("a temporary folder for tokens")?;
     let part = choice.everything(cache.path(), &tokenizer, stop)?;
     let rows = (context, settings.batch_size);
-    let mut model = Model::new(&config);
+    let mut model = Model::new(&config, settings.compute(flags.n_thread()));
     let Some(record) = evaluate_part(&mut model, &params, &tokenizer, part, rows, settings.dropping, stop)? else {
         return Ok(ExitCode::from(cli::INTERRUPTED));
     };
@@ -151,8 +150,8 @@ fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer>
     let steps = steps(&flags.training, &corpus, &early)?.unwrap_or(2000);
     let settings = flags.training.apply(Training::defaults(&config, steps));
     choice.save(folder.path())?;
-    eprintln!("{}, on {} threads", describe(&config), rayon::current_num_threads());
-    Ok(Trainer::new(folder, &config, settings, corpus)?)
+    eprintln!("{}, on {} threads", describe(&config), flags.n_thread());
+    Ok(Trainer::new(folder, &config, settings, corpus, flags.n_thread())?)
 }
 
 fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer> {
@@ -175,7 +174,7 @@ fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer
     let total = steps(&flags.training, &corpus, &settings)?.unwrap_or(settings.schedule.total);
     let schedule = param_train::schedule::Schedule { total, ..settings.schedule };
     eprintln!("{}, resumed at step {} of {total}", describe(&restored.config), restored.state.step);
-    Ok(Trainer::resume(folder, restored, Settings { schedule, ..settings }, corpus)?)
+    Ok(Trainer::resume(folder, restored, Settings { schedule, ..settings }, corpus, flags.n_thread())?)
 }
 
 /// Steps that the flags ask for, if they do.

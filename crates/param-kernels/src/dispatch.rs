@@ -1,8 +1,11 @@
 //! The table of kernels: every body compiled once per instruction set, and the choice made once per process.
 
 use crate::attention::Pages;
+use crate::product::{Lane, Matrix, Precision};
 use crate::tiles::ActivationBlock;
+use crate::optimizer::AdamWStep;
 use half::f16;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 /// Declares the ops once; from that come the struct of function pointers, its safe methods, and one table per instruction set.
@@ -65,23 +68,18 @@ kernels! {
     /// `y = e^x`, within 2 ulp.
     exp = math::exp_slice(x: &[f32], y: &mut [f32]);
 
-    /// `y = x Phi(x)`: GELU as PyTorch computes it by default, within 1e-6.
-    gelu_erf = gelu::gelu_erf(x: &[f32], y: &mut [f32]);
-
-    /// [`Kernels::gelu_erf`] of `x + bias` in place, in the first columns of each row of `x` [n_row, width]: as many as `bias` has.
+    /// `x = g(x + bias)` in the first columns of each row of `x` [n_row, width], as many as `bias` has, where
+    /// `g(x) = x Phi(x)` is GELU as PyTorch computes it by default, within 1e-6.
     bias_gelu_erf = gelu::bias_gelu_erf(bias: &[f32], width: usize, x: &mut [f32]);
 
-    /// The same of [`Kernels::gelu_tanh`].
+    /// The same of `g(x) = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`, within 5e-7.
     bias_gelu_tanh = gelu::bias_gelu_tanh(bias: &[f32], width: usize, x: &mut [f32]);
 
-    /// Multiplies `grad` by the derivative of [`Kernels::gelu_erf`] at `x`.
-    gelu_erf_backward = gelu::gelu_erf_backward(x: &[f32], grad: &mut [f32]);
+    /// Multiplies `grad` by the derivative of [`Kernels::bias_gelu_erf`]'s function at `x`, and turns `x` into its value.
+    gelu_erf_backward = gelu::gelu_erf_backward(x: &mut [f32], grad: &mut [f32]);
 
-    /// `y = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`, within 5e-7.
-    gelu_tanh = gelu::gelu_tanh(x: &[f32], y: &mut [f32]);
-
-    /// Multiplies `grad` by the derivative of [`Kernels::gelu_tanh`] at `x`.
-    gelu_tanh_backward = gelu::gelu_tanh_backward(x: &[f32], grad: &mut [f32]);
+    /// The same of [`Kernels::bias_gelu_tanh`]'s.
+    gelu_tanh_backward = gelu::gelu_tanh_backward(x: &mut [f32], grad: &mut [f32]);
 
     /// `y = (x - mean) / sqrt(variance + eps) * scale + shift` per row; x, y are `[n_row, n_col]`, scale and shift `[n_col]`. Leaves
     /// each row's mean and `rstd = 1 / sqrt(variance + eps)` in `mean` and `rstd` (`[n_row]`) for the backward pass.
@@ -126,6 +124,24 @@ kernels! {
     /// Rounds `x` [n] to the nearest bf16, two in each of `out` [n / 2, rounded up], the first in the low half.
     pair_row = tiles::pair_row(x: &[f32], out: &mut [u32]);
 
+    /// Reads what [`Kernels::pair_row`] wrote.
+    unpair_row = product::unpair_row(words: &[u32], x: &mut [f32]);
+
+    /// `sums[j] += sum_i m[i, j]`, in row order.
+    add_column_sums = product::add_column_sums(m: &Matrix<'_>, sums: &mut [f32]);
+
+    /// 16 lanes of a matrix for [`crate::Product`]: see there.
+    pack = product::pack(
+        m: &Matrix<'_>, lane: Lane, to: Precision, first_lane: usize, words: Range<usize>, by_lane: Option<usize>,
+        out: &mut [u32],
+    );
+
+    /// One step of AdamW over parameters, gradients and both moments, all [n]; the gradients become zero.
+    adamw = optimizer::adamw(p: &mut [f32], g: &mut [f32], m: &mut [f32], v: &mut [f32], step: &AdamWStep);
+
+    /// Sum of squares in f64, of `x` [n] in f32.
+    sum_of_squares = optimizer::sum_of_squares(x: &[f32]) -> f64;
+
     /// Reads `x` once; the result only keeps the reads from being left out.
     probe_read = probe::read(x: &[u8]) -> u32;
 
@@ -140,6 +156,9 @@ kernels! {
 
     /// Softmax of one row in place. A row of nothing but `-inf` becomes NaN, as in PyTorch.
     softmax = softmax::softmax(x: &mut [f32]);
+
+    /// Turns the logits `x` [n_vocab] into `scale` times the gradient of `-ln softmax(x)[target]`, which it returns.
+    cross_entropy = softmax::cross_entropy(x: &mut [f32], target: usize, scale: f32) -> f32;
 
     /// `ln sum_i e^x[i]`, `-inf` of an empty row.
     log_sum_exp = softmax::log_sum_exp(x: &[f32]) -> f32;

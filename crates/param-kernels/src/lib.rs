@@ -11,9 +11,10 @@ mod gelu;
 mod isa;
 mod layer_norm;
 mod math;
-mod matmul;
+mod optimizer;
 mod prefetch;
 mod probe;
+mod product;
 mod softmax;
 mod spmd;
 mod tiles;
@@ -24,8 +25,9 @@ pub use attention::{
     kv_scales_len, value_index,
 };
 pub use dispatch::Kernels;
-pub use matmul::{Mat, Write, matmul};
+pub use optimizer::AdamWStep;
 pub use prefetch::prefetch;
+pub use product::{Factor, Lane, Matrix, Precision, Product, Workspace};
 pub use spmd::{Team, Tile, available_threads};
 pub use tiles::{ActivationBlock, Inputs, Operand, TILE_ROWS, TileFormat};
 pub use topk::top_k;

@@ -39,6 +39,23 @@ pub(crate) fn log_sum_exp<I: Isa>(x: &[f32]) -> f32 {
     max + sum_map(x.len(), |i| exp::<I>(x[i] - max)).ln()
 }
 
+/// See [`crate::Kernels::cross_entropy`].
+#[inline(always)]
+pub(crate) fn cross_entropy<I: Isa>(x: &mut [f32], target: usize, scale: f32) -> f32 {
+    let max = max::<I>(x);
+    let at_target = x[target];
+    for v in x.iter_mut() {
+        *v = exp::<I>(*v - max);
+    }
+    let sum = sum_map(x.len(), |i| x[i]);
+    let inverse = scale / sum;
+    for v in x.iter_mut() {
+        *v *= inverse;
+    }
+    x[target] -= scale;
+    sum.ln() + (max - at_target)
+}
+
 #[cfg(test)]
 mod tests {
     use crate::Kernels;
@@ -50,6 +67,24 @@ mod tests {
     }
 
     proptest! {
+        /// Error bounds: 2e-6 of the scale for gradients, 1e-5 for the loss of logits up to 60 (their rounding).
+        #[test]
+        fn every_isa_differentiates_the_cross_entropy(
+            x in prop::collection::vec(-60.0f32..60.0, 1..300), target in any::<prop::sample::Index>(), scale in 0.01f32..2.0,
+        ) {
+            let target = target.index(x.len());
+            let lse = log_sum_exp_reference(&x);
+            for k in Kernels::supported() {
+                let mut got = x.clone();
+                let loss = f64::from(k.cross_entropy(&mut got, target, scale));
+                prop_assert!((loss - (lse - f64::from(x[target]))).abs() <= 1e-5, "{}: {loss}", k.isa());
+                for (i, (&x, &got)) in x.iter().zip(&got).enumerate() {
+                    let want = f64::from(scale) * ((f64::from(x) - lse).exp() - f64::from(u8::from(i == target)));
+                    prop_assert!((f64::from(got) - want).abs() <= 2e-6 * f64::from(scale), "{}: {got} for {want}", k.isa());
+                }
+            }
+        }
+
         /// Error bound: 1e-6 relative (exponential, sum of up to 500 terms, division) plus the smallest subnormals.
         #[test]
         fn every_isa_normalises(x in prop::collection::vec(-60.0f32..60.0, 1..500)) {

@@ -180,16 +180,30 @@ impl Team {
         tile_cols: usize,
         f: impl Fn(&mut S, Tile<'_, T>) + Sync,
     ) {
+        self.for_each_tiles(scratch, [out], n_col, row_starts, tile_cols, f);
+    }
+
+    /// Like [`Team::for_each_tile`] over several matrices of one shape, cut alike.
+    ///
+    /// # Panics
+    /// As [`Team::for_each_tile`], or if the matrices differ in length.
+    pub fn for_each_tiles<T: Send, S: Send, const N: usize>(
+        &mut self,
+        scratch: &mut [S],
+        outs: [&mut [T]; N],
+        n_col: usize,
+        row_starts: &[usize],
+        tile_cols: usize,
+        f: impl Fn(&mut S, Tile<'_, T, N>) + Sync,
+    ) {
         assert!(scratch.len() >= self.n_thread(), "scratch for {} of {} threads", scratch.len(), self.n_thread());
-        assert!(
-            n_col > 0 && tile_cols > 0 && out.len().is_multiple_of(n_col),
-            "{} elements in rows of {n_col}",
-            out.len()
-        );
-        assert!(row_starts.is_sorted() && row_starts.last().is_none_or(|&end| end <= out.len() / n_col));
+        let len = outs.first().map_or(0, |out| out.len());
+        assert!(n_col > 0 && tile_cols > 0 && len.is_multiple_of(n_col), "{len} elements in rows of {n_col}");
+        assert!(outs.iter().all(|out| out.len() == len), "matrices of different lengths");
+        assert!(row_starts.is_sorted() && row_starts.last().is_none_or(|&end| end <= len / n_col));
         let n_group = row_starts.len().saturating_sub(1);
         let tiles_per_group = n_col.div_ceil(tile_cols);
-        let out = Disjoint::new(out);
+        let outs = outs.map(Disjoint::new);
         let scratch = Disjoint::new(scratch);
         self.for_each(n_group * tiles_per_group, |rank, task| {
             let (group, tile) = (task / tiles_per_group, task % tiles_per_group);
@@ -200,7 +214,7 @@ impl Team {
             let cols = tile * tile_cols..n_col.min((tile + 1) * tile_cols);
             // SAFETY: one thread has this rank, and holds the element only during this call.
             let scratch = unsafe { &mut scratch.slice(rank..rank + 1)[0] };
-            f(scratch, Tile { out: &out, n_col, rows, cols, group });
+            f(scratch, Tile { outs: &outs, n_col, rows, cols, group });
         });
     }
 
@@ -367,16 +381,16 @@ impl<'a, T> Disjoint<'a, T> {
     }
 }
 
-/// A rectangle of a row-major matrix, of which its holder has exclusive use.
-pub struct Tile<'a, T> {
-    out: &'a Disjoint<'a, T>,
+/// A rectangle of one or more row-major matrices, of which its holder has exclusive use.
+pub struct Tile<'a, T, const N: usize = 1> {
+    outs: &'a [Disjoint<'a, T>; N],
     n_col: usize,
     rows: Range<usize>,
     cols: Range<usize>,
     group: usize,
 }
 
-impl<T> Tile<'_, T> {
+impl<T, const N: usize> Tile<'_, T, N> {
     /// Rows of the matrix this tile covers.
     pub fn rows(&self) -> Range<usize> {
         self.rows.clone()
@@ -392,15 +406,26 @@ impl<T> Tile<'_, T> {
         self.group
     }
 
+    /// The tile's part of row `row` of each matrix.
+    ///
+    /// # Panics
+    /// If the tile does not cover that row.
+    pub fn rows_mut(&mut self, row: usize) -> [&mut [T]; N] {
+        assert!(self.rows.contains(&row), "row {row} of a tile over {:?}", self.rows);
+        let start = row * self.n_col;
+        // SAFETY: rows and columns lie within the matrices (checked when tiles are cut), and tiles do not overlap.
+        std::array::from_fn(|i| unsafe { self.outs[i].slice(start + self.cols.start..start + self.cols.end) })
+    }
+}
+
+impl<T> Tile<'_, T> {
     /// The tile's part of row `row` of the matrix.
     ///
     /// # Panics
     /// If the tile does not cover that row.
     pub fn row_mut(&mut self, row: usize) -> &mut [T] {
-        assert!(self.rows.contains(&row), "row {row} of a tile over {:?}", self.rows);
-        let start = row * self.n_col;
-        // SAFETY: rows and columns lie within the matrix (checked when tiles are cut), and tiles do not overlap.
-        unsafe { self.out.slice(start + self.cols.start..start + self.cols.end) }
+        let [part] = self.rows_mut(row);
+        part
     }
 }
 

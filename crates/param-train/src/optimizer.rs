@@ -1,7 +1,7 @@
 //! AdamW and gradient clipping over all parameters (reference/MODEL §7: the update of Loshchilov and Hutter 2019).
 
+use param_kernels::{AdamWStep, Kernels, Team};
 use param_model::{Role, TensorSpec};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// Elements per task: fixed, so that sums do not depend on the number of threads.
@@ -47,43 +47,52 @@ pub struct Moments {
 }
 
 impl AdamW {
-    /// One step; `t` counts from 1. Gradients are multiplied by `grad_scale` as they are read (clipping).
+    /// One step; `t` counts from 1. Gradients are multiplied by `grad_scale` as they are read (clipping), and become zero.
     pub fn step(
         &self,
+        team: &mut Team,
         table: &[TensorSpec],
         params: &mut [Vec<f32>],
-        grads: &[Vec<f32>],
+        grads: &mut [Vec<f32>],
         moments: &mut Moments,
         lr: f32,
         t: u64,
         grad_scale: f32,
     ) {
+        let kernels = Kernels::get();
         let Self { beta1, beta2, eps, .. } = *self;
         let bias_correction = |beta: f32| 1.0 - f64::from(beta).powf(t as f64);
-        let step_size = (f64::from(lr) / bias_correction(beta1)) as f32;
-        let root_correction = bias_correction(beta2).sqrt() as f32;
-        let tensors = table.iter().zip(params).zip(grads).zip(moments.first.iter_mut().zip(&mut moments.second));
-        for (((spec, p), g), (m, v)) in tensors {
+        let step = AdamWStep {
+            grad_scale,
+            gain1: 1.0 - beta1,
+            beta2,
+            step_size: (f64::from(lr) / bias_correction(beta1)) as f32,
+            root: (1.0 / bias_correction(beta2).sqrt()) as f32,
+            eps,
+            keep: 1.0,
+        };
+        let Moments { first, second } = moments;
+        // One parallel step over the parts of all tensors: small ones are many.
+        let mut parts = Vec::new();
+        for (((spec, p), g), (m, v)) in table.iter().zip(params).zip(grads).zip(first.iter_mut().zip(second)) {
             let keep = if self.decay.applies_to(spec) { 1.0 - lr * self.weight_decay } else { 1.0 };
-            let parts = p.par_chunks_mut(PART).zip(g.par_chunks(PART));
-            let parts = parts.zip(m.par_chunks_mut(PART).zip(v.par_chunks_mut(PART)));
-            parts.for_each(|((p, g), (m, v))| {
-                for (((p, &g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
-                    let g = g * grad_scale;
-                    *m += (1.0 - beta1) * (g - *m);
-                    *v = beta2 * *v + (1.0 - beta2) * g * g;
-                    *p = *p * keep - step_size * *m / (v.sqrt() / root_correction + eps);
-                }
-            });
+            let of_tensor = p.chunks_mut(PART).zip(g.chunks_mut(PART)).zip(m.chunks_mut(PART).zip(v.chunks_mut(PART)));
+            parts.extend(of_tensor.map(|((p, g), (m, v))| (p, g, m, v, AdamWStep { keep, ..step })));
         }
+        team.for_each_chunk(&mut parts, 1, |_, part| {
+            let [(p, g, m, v, step)] = part else { return };
+            kernels.adamw(p, g, m, v, step);
+        });
     }
 }
 
 /// Euclidean norm of all gradients together.
-pub fn global_norm(grads: &[Vec<f32>]) -> f64 {
-    let squares = |part: &[f32]| part.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>();
-    let of_tensor = |g: &Vec<f32>| g.par_chunks(PART).map(squares).collect::<Vec<f64>>().iter().sum::<f64>();
-    grads.iter().map(of_tensor).sum::<f64>().sqrt()
+pub fn global_norm(team: &mut Team, grads: &[Vec<f32>]) -> f64 {
+    let kernels = Kernels::get();
+    let parts = grads.iter().flat_map(|g| g.chunks(PART)).collect::<Vec<_>>();
+    let mut squares = vec![0.0; parts.len()];
+    team.for_each_chunk(&mut squares, 1, |i, square| square[0] = kernels.sum_of_squares(parts[i]));
+    squares.iter().sum::<f64>().sqrt()
 }
 
 /// Factor that brings gradients of that norm within `max_norm`, as PyTorch's `clip_grad_norm_` computes it.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::cpu::Capacity;
+use crate::cpu::{Capacity, Compute, Precision};
 use crate::data::Layout;
 use crate::error::Error;
 use crate::optimizer::AdamW;
@@ -30,6 +30,17 @@ impl Dropping {
     }
 }
 
+/// What matrix products are computed in; parameters, norms, the router and the loss are f32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dtype {
+    /// Exactly.
+    #[default]
+    F32,
+    /// Factors of products, and the activations kept for the backward pass, rounded to bf16; sums are f32.
+    Bf16,
+}
+
 /// Settings of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
@@ -48,6 +59,12 @@ pub struct Settings {
     pub schedule: Schedule,
     /// Optimizer.
     pub adamw: AdamW,
+    /// What matrix products are computed in.
+    #[serde(default)]
+    pub dtype: Dtype,
+    /// Keeps of each block only its input, and computes the rest again in the backward pass.
+    #[serde(default)]
+    pub recompute: bool,
     /// Largest gradient norm; larger ones are scaled down to it.
     pub clip: f32,
     /// What an overfull expert does.
@@ -69,6 +86,15 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// How a model is computed under these settings.
+    pub fn compute(&self, n_thread: usize) -> Compute {
+        let precision = match self.dtype {
+            Dtype::F32 => Precision::F32,
+            Dtype::Bf16 => Precision::Bf16,
+        };
+        Compute { n_thread, precision, recompute: self.recompute }
+    }
+
     /// Checks the numbers against each other and the model.
     pub fn check(&self, config: &Config) -> Result<(), Error> {
         let fail = |flag: &'static str, problem: String| Err(Error::Setting { flag, problem });
@@ -87,6 +113,10 @@ impl Settings {
         if self.context > config.n_ctx {
             let problem = format!("{} is more than the model's {} positions", self.context, config.n_ctx);
             return fail("context", problem);
+        }
+        if self.dtype == Dtype::Bf16 && !config.head_dim().is_multiple_of(2) {
+            let problem = format!("bf16 needs heads of an even width: the model's is {}", config.head_dim());
+            return fail("dtype", problem);
         }
         let positive = |x: f32| x > 0.0 && x.is_finite();
         let unit = |x: f32| (0.0..=1.0).contains(&x);

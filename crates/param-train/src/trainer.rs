@@ -7,7 +7,7 @@ use std::time::Instant;
 use param_model::{Config, Tokenizer};
 
 use crate::checkpoint::{Restored, RunFolder, State};
-use crate::cpu::{GradientScale, Losses, Mode, Model, NoiseSource, Routing, Sequences};
+use crate::cpu::{GradientScale, Losses, Mode, Model, NoiseSource, Routing, Section, Sequences};
 use crate::data::{Batch, Batches, DataError, Evaluation, Layout, Part, Vocabulary};
 use crate::error::Error;
 use crate::init::initialise;
@@ -76,11 +76,17 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A new run in a folder without one, from freshly initialised parameters.
-    pub fn new(folder: RunFolder, config: &Config, settings: Settings, corpus: Corpus) -> Result<Self, Error> {
+    /// A new run in a folder without one, from freshly initialised parameters, on `n_thread` threads.
+    pub fn new(
+        folder: RunFolder,
+        config: &Config,
+        settings: Settings,
+        corpus: Corpus,
+        n_thread: usize,
+    ) -> Result<Self, Error> {
         folder.check_unused()?;
         folder.create()?;
-        let model = Model::new(config);
+        let model = Model::new(config, settings.compute(n_thread));
         let params = initialise(config, settings.seed);
         let moments = Moments { first: model.zeros(), second: model.zeros() };
         let state = State::new(settings, corpus.digest());
@@ -88,7 +94,13 @@ impl Trainer {
     }
 
     /// Continues the run in `folder` from its newest checkpoint, with `settings` from here on.
-    pub fn resume(folder: RunFolder, restored: Restored, settings: Settings, corpus: Corpus) -> Result<Self, Error> {
+    pub fn resume(
+        folder: RunFolder,
+        restored: Restored,
+        settings: Settings,
+        corpus: Corpus,
+        n_thread: usize,
+    ) -> Result<Self, Error> {
         let Restored { config, params, moments, mut state } = restored;
         if state.data_digest != corpus.digest() {
             let problem =
@@ -97,7 +109,8 @@ impl Trainer {
         }
         state.settings = settings;
         let saved = Some((state.step, state.is_step_open));
-        Self::start(folder, Model::new(&config), params, moments, state, corpus, saved)
+        let model = Model::new(&config, state.settings.compute(n_thread));
+        Self::start(folder, model, params, moments, state, corpus, saved)
     }
 
     fn start(
@@ -192,10 +205,10 @@ impl Trainer {
         let settings = &state.settings;
         let n_batch = settings.accumulation as u64;
         let first = state.step * n_batch;
+        model.profile().enter(Section::Data);
         let step_batches = (first..first + n_batch).map(|i| batches.batch_at(i)).collect::<Result<Vec<_>, _>>()?;
         let n_target = step_batches.iter().map(Batch::n_target).sum::<usize>();
         let scale = GradientScale { n_target, n_batch: step_batches.len() };
-        grads.iter_mut().for_each(|g| g.fill(0.0));
         let mut losses = Vec::with_capacity(step_batches.len());
         for (pass, batch) in (first..).zip(&step_batches) {
             let key = Key { seed: settings.seed, pass };
@@ -208,14 +221,17 @@ impl Trainer {
             let (sequences, targets) = (sequences(batch), &batch.target);
             losses.push(model.loss_and_gradients(params, grads, sequences, targets, mode, scale));
         }
-        let grad_norm = global_norm(grads);
+        model.profile().enter(Section::Optimizer);
+        let grad_norm = global_norm(model.table_and_team().1, grads);
         let total = total_loss(&losses, model.config());
         if !(total.loss.is_finite() && grad_norm.is_finite()) {
             return Err(Error::NotFinite { step: state.step + 1, loss: total.loss });
         }
         let lr = settings.schedule.at(state.step);
         let clip = clip_factor(grad_norm, settings.clip);
-        settings.adamw.step(model.table(), params, grads, moments, lr, state.step + 1, clip);
+        let (table, team) = model.table_and_team();
+        settings.adamw.step(team, table, params, grads, moments, lr, state.step + 1, clip);
+        model.profile().enter(Section::Other);
         state.step += 1;
         state.n_target += n_target as u64;
         let seconds = start.elapsed().as_secs_f64();

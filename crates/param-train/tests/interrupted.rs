@@ -10,7 +10,7 @@ use param_train::data::{Layout, find, prepare, split};
 use param_train::metrics::{EvalRecord, METRICS_FILE};
 use param_train::optimizer::{AdamW, Decay};
 use param_train::schedule::{Curve, Schedule};
-use param_train::settings::{Dropping, Settings};
+use param_train::settings::{Dropping, Dtype, Settings};
 use param_train::trainer::{Corpus, Event, Outcome, Trainer};
 
 fn corpus(folder: &Path) -> Corpus {
@@ -43,6 +43,8 @@ fn settings() -> Settings {
             decay_fraction: 0.2,
         },
         adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decay: Decay::Matrices },
+        dtype: Dtype::F32,
+        recompute: false,
         clip: 1.0,
         dropping: Dropping::Never,
         eval_every: 3,
@@ -66,7 +68,7 @@ fn start(folder: &Path, run: &str) -> Trainer {
         dropout: 0.1,
         ..Config::preset("param-tiny").unwrap()
     };
-    Trainer::new(RunFolder::new(&folder.join(run)), &config, settings(), corpus).unwrap()
+    Trainer::new(RunFolder::new(&folder.join(run)), &config, settings(), corpus, 2).unwrap()
 }
 
 /// Step and loss of every evaluation in a run's metrics.
@@ -100,7 +102,7 @@ fn an_interrupted_evaluation_is_made_up_for() {
             let restored = run_folder.restore().unwrap();
             assert!(restored.state.is_step_open && restored.state.step == interrupted_at);
             let settings = restored.state.settings.clone();
-            let mut trainer = Trainer::resume(run_folder, restored, settings, corpus(path)).unwrap();
+            let mut trainer = Trainer::resume(run_folder, restored, settings, corpus(path), 2).unwrap();
             let outcome = trainer.run(&stop, &mut |_| ()).unwrap();
             assert_eq!(outcome == Outcome::Stopped, stop.into_inner());
         }

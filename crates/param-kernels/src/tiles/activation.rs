@@ -104,7 +104,7 @@ pub(crate) fn pair_row<I: Isa>(x: &[f32], out: &mut [u32]) {
 /// Bits of the nearest bf16, of two equally near the even one; without a branch, for finite numbers. NaN may become infinite,
 /// which the caller's check of the results catches as well.
 #[inline(always)]
-pub(super) fn to_bf16(x: f32) -> u32 {
+pub(crate) fn to_bf16(x: f32) -> u32 {
     let bits = x.to_bits();
     bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16
 }

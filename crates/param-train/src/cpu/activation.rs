@@ -1,26 +1,43 @@
-//! The two GELUs over whole tensors, on all threads.
+//! The two GELUs where a product's sums pass by.
+
+use std::ops::Range;
 
 use param_kernels::Kernels;
 use param_model::Activation;
-use rayon::prelude::*;
 
-/// Elements per task.
-const PART: usize = 1 << 13;
+use super::values::Values;
 
-/// `y = gelu(x)`.
-pub fn forward(kind: Activation, x: &[f32], y: &mut [f32]) {
+/// Most columns that a product's sums come with.
+const WIDEST: usize = 512;
+
+/// `x = gelu(x)`.
+pub fn in_place(kind: Activation, x: &mut [f32]) {
     let kernels = Kernels::get();
-    x.par_chunks(PART).zip(y.par_chunks_mut(PART)).for_each(|(x, y)| match kind {
-        Activation::GeluErf => kernels.gelu_erf(x, y),
-        Activation::GeluTanh => kernels.gelu_tanh(x, y),
-    });
+    let no_bias = &[0.0; WIDEST][..x.len()];
+    match kind {
+        Activation::GeluErf => kernels.bias_gelu_erf(no_bias, x.len(), x),
+        Activation::GeluTanh => kernels.bias_gelu_tanh(no_bias, x.len(), x),
+    }
 }
 
-/// Multiplies `grad` by the derivative at `x`.
-pub fn backward(kind: Activation, x: &[f32], grad: &mut [f32]) {
+/// Given a part of the gradient of `gelu(pre)`, the columns `cols` of row `row`: writes that part of the gradient of `pre`, and of
+/// `gelu(pre)` itself, which was not kept.
+pub fn backward(
+    kind: Activation,
+    pre: &Values,
+    row: usize,
+    cols: Range<usize>,
+    grad: &mut [f32],
+    (dpre, hidden): (&mut [u32], &mut [u32]),
+) {
+    let mut buffer = [0.0; WIDEST];
     let kernels = Kernels::get();
-    x.par_chunks(PART).zip(grad.par_chunks_mut(PART)).for_each(|(x, grad)| match kind {
+    let x = &mut buffer[..cols.len()];
+    pre.load(row, cols, x);
+    match kind {
         Activation::GeluErf => kernels.gelu_erf_backward(x, grad),
         Activation::GeluTanh => kernels.gelu_tanh_backward(x, grad),
-    });
+    }
+    pre.precision.store(kernels, grad, dpre);
+    pre.precision.store(kernels, x, hidden);
 }

@@ -1,13 +1,16 @@
 //! Causal multi-head attention, forward and backward, in tiles of queries that see only the keys they may: the
 //! probabilities are made again in the backward pass, never kept.
 
-use param_kernels::{Kernels, Mat, Write, matmul};
-use rayon::prelude::*;
+use std::ops::Range;
+
+use param_kernels::{Kernels, Matrix, Precision, Product, Tile, Workspace};
 
 use super::dropout::Dropout;
+use super::machine::Machine;
+use super::values::Values;
 
 /// Queries per tile.
-const TILE: usize = 64;
+const TILE: usize = 128;
 /// Added to the scores of padded keys, as in the reference.
 const PADDED: f32 = -1e9;
 
@@ -25,27 +28,13 @@ pub struct Shape {
 }
 
 impl Shape {
-    fn n_embd(self) -> usize {
-        self.n_head * self.head_dim
+    fn tiles(self) -> impl Iterator<Item = Range<usize>> {
+        (0..self.n_col).step_by(TILE).map(move |first| first..self.n_col.min(first + TILE))
     }
 
-    /// Elements of a per-head tensor, [n_row, n_head, n_col, head_dim].
-    fn n_per_head(self) -> usize {
-        self.n_col * self.head_dim
-    }
-
-    /// Where the rows of a head begin within a [n_row, n_col, n_embd] tensor.
-    fn head_start(self, row_head: usize) -> usize {
-        row_head / self.n_head * self.n_col * self.n_embd() + row_head % self.n_head * self.head_dim
-    }
-
-    /// One head's first `n` positions within a [n_row, n_col, n_embd] tensor, from position `first`.
-    fn head<'a>(self, x: &'a [f32], row_head: usize, first: usize, n: usize) -> Mat<'a> {
-        Mat::strided(&x[self.head_start(row_head) + first * self.n_embd()..], n, self.head_dim, self.n_embd())
-    }
-
-    fn tiles(self) -> impl Iterator<Item = (usize, usize)> {
-        (0..self.n_col).step_by(TILE).map(move |first| (first, TILE.min(self.n_col - first)))
+    /// Where each sequence begins.
+    fn starts(self) -> Vec<usize> {
+        (0..=self.n_row).map(|row| row * self.n_col).collect()
     }
 }
 
@@ -53,135 +42,168 @@ impl Shape {
 pub struct Inputs<'a> {
     /// Sizes.
     pub shape: Shape,
-    /// Queries, [n_row, n_col, n_embd], heads contiguous within a position.
-    pub q: &'a [f32],
-    /// Keys, likewise.
-    pub k: &'a [f32],
-    /// Values, likewise.
-    pub v: &'a [f32],
+    /// Queries, keys and values, [n_row, n_col, n_embd] each, heads contiguous within a position.
+    pub qkv: &'a [Values; 3],
     /// Which positions are real, [n_row, n_col]; all where `None`.
     pub mask: Option<&'a [bool]>,
     /// Dropout of the probabilities.
     pub dropout: Option<&'a Dropout>,
 }
 
-impl Inputs<'_> {
-    /// Attention probabilities of a tile of queries over the `first + n` keys it may see, [n, first + n].
-    fn probabilities(&self, row_head: usize, first: usize, n: usize, scores: &mut [f32]) {
-        let kernels = Kernels::get();
+/// One head of one sequence.
+struct Head<'a> {
+    kernels: &'static Kernels,
+    precision: Precision,
+    shape: Shape,
+    q: Matrix<'a>, // [n_col, head_dim]
+    k: Matrix<'a>, // [n_col, head_dim]
+    v: Matrix<'a>, // [n_col, head_dim]
+    mask: Option<&'a [bool]>, // [n_col]
+    dropout: Option<&'a Dropout>,
+    /// Number of the head among those of all sequences.
+    number: usize,
+}
+
+impl<'a> Inputs<'a> {
+    fn head(&self, row: usize, head: usize, precision: Precision) -> Head<'a> {
         let shape = self.shape;
-        let n_key = first + n;
-        let scale = 1.0 / (shape.head_dim as f32).sqrt();
-        let (q, k) = (shape.head(self.q, row_head, first, n), shape.head(self.k, row_head, 0, n_key));
-        matmul(scores, n_key, Write::Replace, scale, q, k.t(), 1);
-        let mask = self.mask.map(|m| &m[row_head / shape.n_head * shape.n_col..][..n_key]);
-        for (i, scores) in scores.chunks_exact_mut(n_key).enumerate() {
-            scores[first + i + 1..].fill(f32::NEG_INFINITY);
-            if let Some(mask) = mask {
-                for (score, &real) in scores.iter_mut().zip(mask) {
+        let [q, k, v] = [0, 1, 2].map(|i| part(&self.qkv[i], shape, row, head));
+        let mask = self.mask.map(|mask| &mask[row * shape.n_col..][..shape.n_col]);
+        let number = row * shape.n_head + head;
+        Head { kernels: Kernels::get(), precision, shape, q, k, v, mask, dropout: self.dropout, number }
+    }
+}
+
+/// A head's columns in a sequence's rows.
+fn part(x: &Values, shape: Shape, row: usize, head: usize) -> Matrix<'_> {
+    let cols = head * shape.head_dim..(head + 1) * shape.head_dim;
+    x.matrix().rows(row * shape.n_col..(row + 1) * shape.n_col).cols(cols)
+}
+
+impl Head<'_> {
+    /// Gives `each(query within the tile, probabilities)` those of a tile of queries over the keys up to the tile's end.
+    fn probabilities(&self, tile: Range<usize>, workspace: &mut Workspace, mut each: impl FnMut(usize, &mut [f32])) {
+        let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
+        let product = Product::new(self.precision, self.q.rows(tile.clone()).factor(), self.k.rows(0..tile.end).t());
+        product.compute(self.kernels, 0..tile.len(), 0..tile.end, workspace, |i, scores| {
+            let (seen, hidden) = scores.split_at_mut(tile.start + i + 1);
+            hidden.fill(0.0);
+            seen.iter_mut().for_each(|score| *score *= scale);
+            if let Some(mask) = self.mask {
+                for (score, &real) in seen.iter_mut().zip(mask) {
                     *score += if real { 0.0 } else { PADDED };
                 }
             }
-            kernels.softmax(scores);
-        }
+            self.kernels.softmax(seen);
+            each(i, scores);
+        });
     }
 
-    fn drop(&self, row_head: usize, first: usize, n_key: usize, probabilities: &mut [f32]) {
-        let Some(dropout) = self.dropout else { return };
-        let n_col = self.shape.n_col;
-        for (i, row) in probabilities.chunks_exact_mut(n_key).enumerate() {
-            dropout.apply((row_head * n_col + first + i) * n_col, row);
+    /// Drops probabilities of query `query`, or their gradients.
+    fn drop(&self, query: usize, row: &mut [f32]) {
+        if let Some(dropout) = self.dropout {
+            let n_col = self.shape.n_col;
+            dropout.apply((self.number * n_col + query) * n_col, row);
         }
     }
 }
 
 /// Attention's output in `out` [n_row, n_col, n_embd].
-pub fn forward(inputs: &Inputs, out: &mut [f32]) {
-    let shape = inputs.shape;
-    let mut heads = vec![0.0; out.len()]; // [n_row, n_head, n_col, head_dim]
-    heads.par_chunks_mut(shape.n_per_head()).enumerate().for_each_init(
-        || vec![0.0; TILE * shape.n_col],
-        |scores, (row_head, out)| {
-            for (first, n) in shape.tiles() {
-                let n_key = first + n;
-                let scores = &mut scores[..n * n_key]; // [n, n_key]
-                inputs.probabilities(row_head, first, n, scores);
-                inputs.drop(row_head, first, n_key, scores);
-                let out = &mut out[first * shape.head_dim..][..n * shape.head_dim];
-                let (p, v) = (Mat::new(scores, n, n_key), shape.head(inputs.v, row_head, 0, n_key));
-                matmul(out, shape.head_dim, Write::Replace, 1.0, p, v, 1);
-            }
-        },
-    );
-    merge_heads(shape, &heads, out);
+pub fn forward(machine: &mut Machine, inputs: &Inputs, out: &mut Values) {
+    let (shape, precision) = (inputs.shape, machine.precision);
+    let n_word = out.n_word();
+    each_head(machine, shape, [&mut out.words], n_word, |workspace, row, head, mut tile| {
+        let head = inputs.head(row, head, precision);
+        let mut p = vec![0; TILE.min(shape.n_col) * precision.words(shape.n_col)]; // [n_query, n_key]
+        for queries in shape.tiles() {
+            let n_word = precision.words(queries.end);
+            head.probabilities(queries.clone(), workspace, |i, row| {
+                head.drop(queries.start + i, row);
+                precision.store(head.kernels, row, &mut p[i * n_word..(i + 1) * n_word]);
+            });
+            let p = Matrix::new(precision, &p[..queries.len() * n_word], queries.len(), queries.end);
+            let product = Product::new(precision, p.factor(), head.v.rows(0..queries.end).factor());
+            product.compute(head.kernels, 0..queries.len(), 0..shape.head_dim, workspace, |i, sums| {
+                precision.store(head.kernels, sums, tile.rows_mut(row * shape.n_col + queries.start + i)[0]);
+            });
+        }
+    });
 }
 
-/// Gradients of [`forward`] given `dout`: replaces `dq`, `dk` and `dv`.
-pub fn backward(
-    inputs: &Inputs,
-    out: &[f32],    // [n_row, n_col, n_embd]
-    dout: &[f32],   // [n_row, n_col, n_embd]
-    dq: &mut [f32], // [n_row, n_col, n_embd]
-    dk: &mut [f32], // [n_row, n_col, n_embd]
-    dv: &mut [f32], // [n_row, n_col, n_embd]
+/// Runs `f(workspace, sequence, head, its part of the outputs)` for every head of every sequence.
+fn each_head<const N: usize>(
+    machine: &mut Machine,
+    shape: Shape,
+    outs: [&mut [u32]; N], // [n_row, n_col, n_embd]
+    n_word: usize,
+    f: impl Fn(&mut Workspace, usize, usize, Tile<'_, u32, N>) + Sync,
 ) {
-    let shape = inputs.shape;
-    let kernels = Kernels::get();
-    let scale = 1.0 / (shape.head_dim as f32).sqrt();
-    let mut heads = [vec![0.0; out.len()], vec![0.0; out.len()], vec![0.0; out.len()]]; // [n_row, n_head, n_col, head_dim]
-    let [q_heads, k_heads, v_heads] = &mut heads;
-    let per_head = shape.n_per_head();
-    let tasks =
-        q_heads.par_chunks_mut(per_head).zip(k_heads.par_chunks_mut(per_head)).zip(v_heads.par_chunks_mut(per_head));
-    tasks.enumerate().for_each_init(
-        || [vec![0.0; TILE * shape.n_col], vec![0.0; TILE * shape.n_col], vec![0.0; TILE * shape.n_col]],
-        |[p, dropped, ds], (row_head, ((dq, dk), dv))| {
-            for (first, n) in shape.tiles() {
-                let n_key = first + n;
-                let (p, ds) = (&mut p[..n * n_key], &mut ds[..n * n_key]); // [n, n_key]
-                inputs.probabilities(row_head, first, n, p);
-                let dout_tile = shape.head(dout, row_head, first, n);
-                matmul(ds, n_key, Write::Replace, 1.0, dout_tile, shape.head(inputs.v, row_head, 0, n_key).t(), 1);
-                inputs.drop(row_head, first, n_key, ds);
-                let weights = if inputs.dropout.is_some() {
-                    let dropped = &mut dropped[..n * n_key];
-                    dropped.copy_from_slice(p);
-                    inputs.drop(row_head, first, n_key, dropped);
-                    &*dropped
-                } else {
-                    &*p
-                };
-                let dv = &mut dv[..n_key * shape.head_dim];
-                matmul(dv, shape.head_dim, Write::Add, 1.0, Mat::new(weights, n, n_key).t(), dout_tile, 1);
-                // The softmax's own term, sum_j p_j dp_j, equals the product of output and its gradient (Dao 2022).
-                for (i, (row, p)) in ds.chunks_exact_mut(n_key).zip(p.chunks_exact(n_key)).enumerate() {
-                    let at = shape.head_start(row_head) + (first + i) * shape.n_embd();
-                    let at = at..at + shape.head_dim;
-                    let mean = kernels.dot(&out[at.clone()], &dout[at]);
-                    for (ds, &p) in row.iter_mut().zip(p) {
-                        *ds = p * (*ds - mean);
-                    }
-                }
-                let ds = Mat::new(ds, n, n_key);
-                let dq = &mut dq[first * shape.head_dim..][..n * shape.head_dim];
-                let (q, k) = (shape.head(inputs.q, row_head, first, n), shape.head(inputs.k, row_head, 0, n_key));
-                matmul(dq, shape.head_dim, Write::Replace, scale, ds, k, 1);
-                matmul(&mut dk[..n_key * shape.head_dim], shape.head_dim, Write::Add, scale, ds.t(), q, 1);
-            }
-        },
-    );
-    for (heads, merged) in heads.iter().zip([dq, dk, dv]) {
-        merge_heads(shape, heads, merged);
-    }
+    let width = n_word / shape.n_head;
+    machine.team.for_each_tiles(&mut machine.workspaces, outs, n_word, &shape.starts(), width, |workspace, tile| {
+        let (row, head) = (tile.group(), tile.cols().start / width);
+        f(workspace, row, head, tile);
+    });
 }
 
-/// [n_row, n_head, n_col, head_dim] to [n_row, n_col, n_head * head_dim].
-fn merge_heads(shape: Shape, heads: &[f32], merged: &mut [f32]) {
-    let Shape { n_col, n_head, head_dim, .. } = shape;
-    merged.par_chunks_mut(shape.n_embd()).with_min_len(16).enumerate().for_each(|(i, merged)| {
-        let (row, col) = (i / n_col, i % n_col);
-        for (head, merged) in merged.chunks_exact_mut(head_dim).enumerate() {
-            merged.copy_from_slice(&heads[((row * n_head + head) * n_col + col) * head_dim..][..head_dim]);
+/// Gradients of [`forward`] given `dout`: replaces those of queries, keys and values.
+pub fn backward(machine: &mut Machine, inputs: &Inputs, out: &Values, dout: &Values, dqkv: &mut [Values; 3]) {
+    let (shape, precision) = (inputs.shape, machine.precision);
+    let Shape { n_col, head_dim, .. } = shape;
+    let n_word = out.n_word();
+    let outs = dqkv.each_mut().map(|values| &mut values.words[..]);
+    each_head(machine, shape, outs, n_word, |workspace, row, head, mut tile| {
+        let columns = head * head_dim..(head + 1) * head_dim;
+        let dout_head = part(dout, shape, row, head);
+        let head = inputs.head(row, head, precision);
+        let kernels = head.kernels;
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let n_query = TILE.min(n_col);
+        let mut p = vec![0.0; n_query * n_col]; // [n_query, n_key]
+        let [mut weights, mut ds] = [(); 2].map(|()| vec![0; n_query * precision.words(n_col)]); // [n_query, n_key]
+        let [mut dk, mut dv] = [(); 2].map(|()| vec![0.0; n_col * head_dim]);
+        let [mut o, mut d] = [(); 2].map(|()| vec![0.0; head_dim]);
+        for queries in shape.tiles() {
+            let (n_query, n_key) = (queries.len(), queries.end);
+            let n_word = precision.words(n_key);
+            let words = |i: usize| i * n_word..(i + 1) * n_word;
+            head.probabilities(queries.clone(), workspace, |i, row| {
+                p[i * n_key..(i + 1) * n_key].copy_from_slice(row);
+                head.drop(queries.start + i, row);
+                precision.store(kernels, row, &mut weights[words(i)]);
+            });
+            let dout_tile = dout_head.rows(queries.clone());
+            let product = Product::new(precision, dout_tile.factor(), head.v.rows(0..n_key).t());
+            product.compute(kernels, 0..n_query, 0..n_key, workspace, |i, dp| {
+                head.drop(queries.start + i, dp);
+                // The softmax's own term, sum_j p_j dp_j, equals the product of output and its gradient (Dao 2022).
+                let token = row * n_col + queries.start + i;
+                out.load(token, columns.clone(), &mut o);
+                dout.load(token, columns.clone(), &mut d);
+                let mean = kernels.dot(&o, &d);
+                for (dp, &p) in dp.iter_mut().zip(&p[i * n_key..(i + 1) * n_key]) {
+                    *dp = p * (*dp - mean) * scale;
+                }
+                precision.store(kernels, dp, &mut ds[words(i)]);
+            });
+            let [weights, ds] =
+                [&weights, &ds].map(|words| Matrix::new(precision, &words[..n_query * n_word], n_query, n_key));
+            let to_values = Product::new(precision, weights.t(), dout_tile.factor());
+            to_values.compute(kernels, 0..n_key, 0..head_dim, workspace, |key, sums| {
+                kernels.axpy(1.0, sums, &mut dv[key * head_dim..][..head_dim]);
+            });
+            let to_keys = Product::new(precision, ds.t(), head.q.rows(queries.clone()).factor());
+            to_keys.compute(kernels, 0..n_key, 0..head_dim, workspace, |key, sums| {
+                kernels.axpy(1.0, sums, &mut dk[key * head_dim..][..head_dim]);
+            });
+            let to_queries = Product::new(precision, ds.factor(), head.k.rows(0..n_key).factor());
+            to_queries.compute(kernels, 0..n_query, 0..head_dim, workspace, |i, sums| {
+                precision.store(kernels, sums, tile.rows_mut(row * n_col + queries.start + i)[0]);
+            });
+        }
+        for (i, (dk, dv)) in dk.chunks_exact(head_dim).zip(dv.chunks_exact(head_dim)).enumerate() {
+            let [_, k, v] = tile.rows_mut(row * n_col + i);
+            precision.store(kernels, dk, k);
+            precision.store(kernels, dv, v);
         }
     });
 }

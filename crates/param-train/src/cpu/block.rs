@@ -2,13 +2,16 @@
 
 use std::collections::HashMap;
 
-use param_kernels::Write;
+use param_kernels::{Kernels, Matrix, Product};
 use param_model::{Config, Part};
-use rayon::prelude::*;
 
 use super::buffers::Buffers;
 use super::dropout::Dropout;
-use super::router::{self, Capacity, Noise, Routing};
+use super::linear::Write;
+use super::machine::{Machine, ROWS};
+use super::profile::Section;
+use super::router::{self, Capacity, Noise, Routing, Scorer};
+use super::values::Values;
 use super::{Sequences, activation, attention, experts, linear, norm};
 use crate::random::{Key, Site};
 
@@ -64,66 +67,43 @@ impl Pass<'_> {
     }
 }
 
-/// Activations that the backward pass needs; all [n_token, n_embd] unless noted.
-#[derive(Default)]
+/// Activations that the backward pass needs, besides the block's input; [n_token, n_embd] unless noted.
 pub struct Saved {
-    x: Vec<f32>,
-    norm1: Option<norm::Saved>,
-    normed1: Vec<f32>,
-    qkv: [Vec<f32>; 3],
-    attended: Vec<f32>,
+    norm1: norm::Saved,
+    qkv: [Values; 3],
+    attended: Values,
     middle: Vec<f32>, // after the attention's residual
-    norm2: Option<norm::Saved>,
-    normed2: Vec<f32>,
+    norm2: norm::Saved,
     ffn: SavedFfn,
 }
 
-#[derive(Default)]
-#[allow(clippy::large_enum_variant, reason = "one per block, beside megabytes of activations")]
 enum SavedFfn {
-    #[default]
-    Recycled,
-    /// Both [n_token, n_ff].
-    Dense {
-        pre: Vec<f32>,
-        hidden: Vec<f32>,
-    },
-    Experts {
-        routing: Routing,
-        noise: Option<Noise>,
-        saved: Option<experts::Saved>,
-    },
+    /// Before the nonlinearity, [n_token, n_ff].
+    Dense(Values),
+    Experts(experts::Saved, Option<Noise>),
 }
 
 impl Saved {
-    /// Gives the memory back, but for the routing.
-    pub fn recycle(&mut self, buffers: &mut Buffers) {
-        let Saved { x, normed1, qkv, attended, middle, normed2, ffn, .. } = self;
-        let [q, k, v] = qkv;
-        for buffer in [x, normed1, q, k, v, attended, middle, normed2] {
-            buffers.give(std::mem::take(buffer));
-        }
-        match ffn {
-            SavedFfn::Recycled => {}
-            SavedFfn::Dense { pre, hidden } => {
-                buffers.give(std::mem::take(pre));
-                buffers.give(std::mem::take(hidden));
-            }
-            SavedFfn::Experts { saved, .. } => {
-                if let Some(saved) = saved.take() {
-                    saved.recycle(buffers);
-                }
-            }
-        }
+    /// Gives the memory back.
+    pub fn give(self, buffers: &mut Buffers) {
+        let Saved { qkv, attended, middle, ffn, .. } = self;
+        let of_ffn = match ffn {
+            SavedFfn::Dense(pre) => vec![pre],
+            SavedFfn::Experts(experts::Saved { pre, y }, _) => vec![pre, y],
+        };
+        qkv.into_iter().chain([attended]).chain(of_ffn).for_each(|values| values.give(buffers));
+        buffers.give(middle);
     }
+}
 
-    /// The routing of an MoE block.
-    pub fn into_routing(self) -> Option<Routing> {
-        match self.ffn {
-            SavedFfn::Experts { routing, .. } => Some(routing),
-            _ => None,
-        }
-    }
+/// What a block's forward pass leaves.
+pub struct Forward {
+    /// Output, [n_token, n_embd].
+    pub out: Vec<f32>,
+    /// For the backward pass.
+    pub saved: Saved,
+    /// Of an MoE block.
+    pub routing: Option<Routing>,
 }
 
 impl Block {
@@ -153,194 +133,297 @@ impl Block {
         }
     }
 
-    /// Output of the block and what its backward pass needs. `normal` [n_token, n_expert] are the draws of the router's
-    /// noise, if it has any.
+    /// The whole block. `normal` [n_token, n_expert] are the draws of the router's noise, if it has any.
     pub fn forward(
         &self,
+        machine: &mut Machine,
         params: &[Vec<f32>],
-        x: Vec<f32>, // [n_token, n_embd]
+        x: &[f32], // [n_token, n_embd]
         normal: Option<Vec<f32>>,
         capacity: Capacity,
         pass: Pass,
-        buffers: &mut Buffers,
-    ) -> (Vec<f32>, Saved) {
+    ) -> Forward {
         let config = pass.config;
-        let (n, square) = (x.len(), (config.n_embd, config.n_embd));
-        let mut saved = Saved { normed1: buffers.take(n), normed2: buffers.take(n), x, ..Saved::default() };
+        let n_embd = config.n_embd;
+        let n_token = x.len() / n_embd;
+        let take = |machine: &mut Machine| Values::take(&mut machine.buffers, machine.precision, n_token, n_embd);
+        let mut normed = take(machine);
 
-        let [scale, shift] = self.norm1.map(|i| &params[i][..]);
-        saved.norm1 = Some(norm::forward(&mut saved.normed1, &saved.x, scale, shift, config.norm_eps));
-        saved.qkv = self.qkv.map(|affine| {
-            let mut y = buffers.take(n);
-            affine.forward(params, &mut y, &saved.normed1, square);
+        machine.profile.enter(Section::Norm);
+        let affine1 = affine(params, self.norm1);
+        let norm1 = norm::forward(machine, &mut normed, x, affine1, config.norm_eps, (&mut [], 0), |_, _, _| {});
+        machine.profile.enter(Section::Projections);
+        let qkv = self.qkv.map(|affine| {
+            let mut y = take(machine);
+            affine.forward(machine, params, &mut y, normed.matrix(), n_embd);
             y
         });
-        saved.attended = buffers.take(n);
+        machine.profile.enter(Section::Attention);
+        let mut attended = take(machine);
         let dropout = pass.dropout(Site::Attention);
-        attention::forward(&inputs(&saved.qkv, &pass, dropout.as_ref()), &mut saved.attended);
-        saved.middle = buffers.take(n);
-        self.attn_out.forward(params, &mut saved.middle, &saved.attended, square);
-        drop_and_add(&mut saved.middle, &saved.x, pass.dropout(Site::AttentionOut));
+        attention::forward(machine, &inputs(&qkv, &pass, dropout.as_ref()), &mut attended);
+        machine.profile.enter(Section::Projections);
+        let mut middle = machine.buffers.take(x.len());
+        let dropout = pass.dropout(Site::AttentionOut);
+        self.attn_out.forward_residual(machine, params, &mut middle, x, attended.matrix(), n_embd, dropout.as_ref());
 
-        let [scale, shift] = self.norm2.map(|i| &params[i][..]);
-        saved.norm2 = Some(norm::forward(&mut saved.normed2, &saved.middle, scale, shift, config.norm_eps));
-        let mut out = buffers.take(n);
-        saved.ffn = self.ffn_forward(params, &saved.normed2, &mut out, normal, capacity, pass, buffers);
-        drop_and_add(&mut out, &saved.middle, pass.dropout(Site::FfnOut));
-        (out, saved)
-    }
-
-    fn ffn_forward(
-        &self,
-        params: &[Vec<f32>],
-        x: &[f32],       // [n_token, n_embd]
-        out: &mut [f32], // [n_token, n_embd]
-        normal: Option<Vec<f32>>,
-        capacity: Capacity,
-        pass: Pass,
-        buffers: &mut Buffers,
-    ) -> SavedFfn {
-        let config = pass.config;
-        let (n_embd, n_ff) = (config.n_embd, config.n_ff());
+        machine.profile.enter(Section::Norm);
+        let mut out = machine.buffers.take(x.len());
+        let affine2 = affine(params, self.norm2);
+        let dropout = pass.dropout(Site::FfnOut);
+        let (norm2, ffn, routing);
         match &self.ffn {
             Ffn::Dense { up, down } => {
-                let mut pre = buffers.take(x.len() / n_embd * n_ff);
-                let mut hidden = buffers.take(pre.len());
-                up.forward(params, &mut pre, x, (n_embd, n_ff));
-                activation::forward(config.dense_activation, &pre, &mut hidden);
-                down.forward(params, out, &hidden, (n_ff, n_embd));
-                SavedFfn::Dense { pre, hidden }
+                norm2 = norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps, (&mut [], 0), |_, _, _| {});
+                machine.profile.enter(Section::Dense);
+                let n_ff = config.n_ff();
+                let [mut pre, mut hidden] =
+                    [(); 2].map(|()| Values::take(&mut machine.buffers, machine.precision, n_token, n_ff));
+                up.forward_activated(machine, params, [&mut pre, &mut hidden], normed.matrix(), config);
+                down.forward_residual(machine, params, &mut out, &middle, hidden.matrix(), n_ff, dropout.as_ref());
+                hidden.give(&mut machine.buffers);
+                (ffn, routing) = (SavedFfn::Dense(pre), None);
             }
             Ffn::Experts { router, noise, up, down } => {
-                let n_expert = config.n_expert;
-                let mut logits = vec![0.0; x.len() / n_embd * n_expert]; // [n_token, n_expert]
-                linear::forward(&mut logits, x, &params[*router], None, (n_embd, n_expert));
-                let noise = normal.zip(*noise).map(|(normal, at)| Noise::new(x, &params[at], normal, n_embd, n_expert));
-                let routing = router::forward(logits, noise.as_ref(), config.n_expert_used, n_expert, capacity);
+                let (n_expert, k) = (config.n_expert, config.n_expert_used);
+                let scorer = Scorer {
+                    weight: &params[*router],
+                    noise: normal.as_ref().and(*noise).map(|at| &params[at][..]),
+                };
+                let n_score = scorer.n_score() * n_expert;
+                let mut scores = vec![0.0; n_token * n_score];
+                let more = (&mut scores[..], n_score);
+                norm2 = norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps, more, |_, x, scores| {
+                    scorer.score(x, n_embd, scores);
+                });
+                machine.profile.enter(Section::Router);
+                let (logits, drawn) = router::split(scores, normal.filter(|_| noise.is_some()), n_expert);
+                let chosen = router::forward(machine, logits, drawn.as_ref(), (k, n_expert), capacity);
+                machine.profile.enter(Section::Experts);
+                out.copy_from_slice(&middle);
                 let weights = expert_weights(params, *up, *down);
-                let dropout = pass.dropout(Site::Expert);
-                let saved = experts::forward(out, x, &weights, &routing, pass.experts(), dropout.as_ref(), buffers);
-                SavedFfn::Experts { routing, noise, saved: Some(saved) }
+                let of_expert = pass.dropout(Site::Expert);
+                let dropouts = (of_expert.as_ref(), dropout.as_ref());
+                let saved = experts::forward(machine, &mut out, &normed, &weights, &chosen, pass.experts(), dropouts);
+                (ffn, routing) = (SavedFfn::Experts(saved, drawn), Some(chosen));
             }
         }
+        normed.give(&mut machine.buffers);
+        machine.profile.enter(Section::Other);
+        Forward { out, saved: Saved { norm1, qkv, attended, middle, norm2, ffn }, routing }
     }
 
-    /// Turns `dx`, the gradient of the block's output, into that of its input, adds to `grads`, and gives back the memory
-    /// of `saved`. `router_weights` are the factors of the aux and z losses in the total.
+    /// Turns `dx`, the gradient of the block's output, into that of its input `x`, adds to `grads`, and gives back the memory of
+    /// `saved`. `router_weights` are the factors of the aux and z losses in the total.
     pub fn backward(
         &self,
+        machine: &mut Machine,
         params: &[Vec<f32>],
         grads: &mut [Vec<f32>],
-        mut saved: Saved,
+        x: &[f32], // [n_token, n_embd]
+        saved: Saved,
+        routing: Option<&Routing>,
         dx: &mut [f32], // [n_token, n_embd]
         router_weights: (f32, f32),
         pass: Pass,
-        buffers: &mut Buffers,
-    ) -> Option<Routing> {
-        let square = (pass.config.n_embd, pass.config.n_embd);
-        let mut dbranch = buffers.take(dx.len()); // [n_token, n_embd], of a branch's output
-        let mut dnormed = buffers.take(dx.len()); // [n_token, n_embd], of a branch's input
-
-        copy_dropped(&mut dbranch, dx, pass.dropout(Site::FfnOut));
-        self.ffn_backward(params, grads, &saved, &dbranch, &mut dnormed, router_weights, pass, buffers);
-        self.norm_backward(params, grads, (self.norm2, &saved.norm2), &saved.middle, &dnormed, dx);
-
-        copy_dropped(&mut dbranch, dx, pass.dropout(Site::AttentionOut));
-        let mut dattended = buffers.take(dx.len());
-        self.attn_out.backward(params, grads, &dbranch, &saved.attended, (&mut dattended, Write::Replace), square);
-        let mut dqkv = [(); 3].map(|()| buffers.take(dx.len()));
-        let [dq, dk, dv] = &mut dqkv;
-        let dropout = pass.dropout(Site::Attention);
-        let inputs = inputs(&saved.qkv, &pass, dropout.as_ref());
-        attention::backward(&inputs, &saved.attended, &dattended, dq, dk, dv);
-        for (i, (affine, dy)) in self.qkv.iter().zip(&dqkv).enumerate() {
-            let write = if i == 0 { Write::Replace } else { Write::Add };
-            affine.backward(params, grads, dy, &saved.normed1, (&mut dnormed, write), square);
-        }
-        self.norm_backward(params, grads, (self.norm1, &saved.norm1), &saved.x, &dnormed, dx);
-
-        for buffer in dqkv.into_iter().chain([dbranch, dnormed, dattended]) {
-            buffers.give(buffer);
-        }
-        saved.recycle(buffers);
-        saved.into_routing()
-    }
-
-    fn norm_backward(
-        &self,
-        params: &[Vec<f32>],
-        grads: &mut [Vec<f32>],
-        (at, saved): ([usize; 2], &Option<norm::Saved>),
-        x: &[f32],
-        dy: &[f32],
-        dx: &mut [f32],
-    ) {
-        let saved = saved.as_ref().expect("set by the forward pass");
-        let [dscale, dshift] = grads.get_disjoint_mut(at).expect("scale and shift are two tensors");
-        norm::backward(dy, x, &params[at[0]], saved, dx, dscale, dshift);
-    }
-
-    fn ffn_backward(
-        &self,
-        params: &[Vec<f32>],
-        grads: &mut [Vec<f32>],
-        saved: &Saved,
-        dy: &[f32],     // [n_token, n_embd]
-        dx: &mut [f32], // [n_token, n_embd], replaced
-        (aux_weight, z_weight): (f32, f32),
-        pass: Pass,
-        buffers: &mut Buffers,
     ) {
         let config = pass.config;
-        let (n_embd, n_ff) = (config.n_embd, config.n_ff());
-        let x = &saved.normed2;
-        match (&self.ffn, &saved.ffn) {
-            (Ffn::Dense { up, down }, SavedFfn::Dense { pre, hidden }) => {
-                let mut dhidden = buffers.take(hidden.len()); // [n_token, n_ff]
-                down.backward(params, grads, dy, hidden, (&mut dhidden, Write::Replace), (n_ff, n_embd));
-                activation::backward(config.dense_activation, pre, &mut dhidden);
-                up.backward(params, grads, &dhidden, x, (dx, Write::Replace), (n_embd, n_ff));
-                buffers.give(dhidden);
+        let n_embd = config.n_embd;
+        let n_token = x.len() / n_embd;
+        let Saved { norm1, qkv, attended, middle, norm2, ffn } = saved;
+        let take = |machine: &mut Machine| Values::take(&mut machine.buffers, machine.precision, n_token, n_embd);
+        let mut dnormed = machine.buffers.take(dx.len()); // [n_token, n_embd], of a branch's input
+        let mut normed = take(machine);
+
+        // The normed rows were not kept: one more pass over them costs less than their memory.
+        let affine2 = affine(params, self.norm2);
+        machine.profile.enter(Section::Norm);
+        norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps, (&mut [], 0), |_, _, _| {});
+        match (&self.ffn, ffn) {
+            (Ffn::Dense { up, down }, SavedFfn::Dense(pre)) => {
+                machine.profile.enter(Section::Dense);
+                let dy = dropped(machine, dx, n_embd, pass.dropout(Site::FfnOut));
+                let (activation, n_ff) = (config.dense_activation, config.n_ff());
+                let [mut dpre, mut hidden] =
+                    [(); 2].map(|()| Values::take(&mut machine.buffers, machine.precision, n_token, n_ff));
+                let weight = Matrix::f32(&params[down.weight], n_embd, n_ff);
+                let product = Product::new(machine.precision, dy.matrix().factor(), weight.factor());
+                let outs = [&mut dpre.words[..], &mut hidden.words[..]];
+                let shape = (n_ff, machine.precision.per_word());
+                machine.multiply(outs, shape, &[0, n_token], |_| product, |[dpre, hidden], row, cols, sums| {
+                    activation::backward(activation, &pre, row, cols, sums, (dpre, hidden));
+                });
+                down.backward_parameters(machine, grads, &dy, hidden.matrix(), n_ff);
+                let weight = Matrix::f32(&params[up.weight], n_ff, n_embd);
+                linear::backward_input(machine, &mut dnormed, Write::Replace, dpre.matrix(), weight, n_embd);
+                up.backward_parameters(machine, grads, &dpre, normed.matrix(), n_embd);
+                [dy, dpre, hidden, pre].into_iter().for_each(|values| values.give(&mut machine.buffers));
             }
-            (
-                Ffn::Experts { router, noise: noise_weight, up, down },
-                SavedFfn::Experts { routing, noise, saved: Some(saved) },
-            ) => {
-                dx.fill(0.0);
-                let dropout = pass.dropout(Site::Expert);
+            (Ffn::Experts { router, noise: noise_weight, up, down }, SavedFfn::Experts(saved, noise)) => {
+                machine.profile.enter(Section::Experts);
+                let routing = routing.expect("an MoE block was routed");
+                let mut dout = machine.buffers.take(dx.len()); // [n_token, n_embd]
+                dout.copy_from_slice(dx);
+                if let Some(dropout) = pass.dropout(Site::FfnOut) {
+                    dropout.apply_all(machine, &mut dout);
+                }
+                let drouting = experts::backward_routing(machine, &dout, &saved, routing, n_embd);
+                machine.profile.enter(Section::Router);
+                let dlogits = routing.backward(machine, &drouting, router_weights); // [n_token, n_expert]
+                let gradients = noise.zip(*noise_weight).map(|(noise, at)| (noise.backward(&dlogits), at));
+                for (i, (d, at)) in [(dlogits, *router)].into_iter().chain(gradients).enumerate() {
+                    let (d, weight) = (Matrix::f32(&d, n_token, config.n_expert), &params[at]);
+                    let weight = Matrix::f32(weight, config.n_expert, n_embd);
+                    let write = if i == 0 { Write::Replace } else { Write::Add };
+                    linear::backward_input(machine, &mut dnormed, write, d, weight, n_embd);
+                    linear::backward_weight(machine, &mut grads[at], d, normed.matrix(), n_embd);
+                }
+                machine.profile.enter(Section::Experts);
                 let dweights = expert_gradients(grads, *up, *down);
                 let weights = expert_weights(params, *up, *down);
-                let (shape, dropout) = (pass.experts(), dropout.as_ref());
-                let drouting = experts::backward(dy, dx, &weights, dweights, saved, routing, shape, dropout, buffers);
-                let dlogits = routing.backward(&drouting, aux_weight, z_weight); // [n_token, n_expert]
-                let shape = (n_embd, config.n_expert);
-                linear::backward(&dlogits, x, &params[*router], (dx, Write::Add), &mut grads[*router], None, shape);
-                if let (Some(noise), Some(at)) = (noise, *noise_weight) {
-                    let dpre = noise.backward(&dlogits);
-                    linear::backward(&dpre, x, &params[at], (dx, Write::Add), &mut grads[at], None, shape);
-                }
+                let dropout = pass.dropout(Site::Expert);
+                experts::backward(
+                    machine,
+                    &dout,
+                    &normed,
+                    &mut dnormed,
+                    &weights,
+                    dweights,
+                    saved,
+                    routing,
+                    pass.experts(),
+                    dropout.as_ref(),
+                );
+                machine.buffers.give(dout);
             }
             _ => unreachable!("a block's activations are of its own kind"),
         }
+        norm_backward(machine, params, grads, (self.norm2, &norm2), &middle, &dnormed, dx);
+        machine.buffers.give(middle);
+
+        machine.profile.enter(Section::Projections);
+        let dy = dropped(machine, dx, n_embd, pass.dropout(Site::AttentionOut));
+        let mut dattended = take(machine);
+        let weight = Matrix::f32(&params[self.attn_out.weight], n_embd, n_embd);
+        let product = Product::new(machine.precision, dy.matrix().factor(), weight.factor());
+        let (precision, kernels) = (machine.precision, Kernels::get());
+        let shape = (n_embd, precision.per_word());
+        machine.multiply([&mut dattended.words], shape, &[0, n_token], |_| product, |[out], _, _, sums| {
+            precision.store(kernels, sums, out);
+        });
+        self.attn_out.backward_parameters(machine, grads, &dy, attended.matrix(), n_embd);
+        machine.profile.enter(Section::Attention);
+        let mut dqkv = [(); 3].map(|()| take(machine));
+        let dropout = pass.dropout(Site::Attention);
+        attention::backward(machine, &inputs(&qkv, &pass, dropout.as_ref()), &attended, &dattended, &mut dqkv);
+        machine.profile.enter(Section::Norm);
+        norm::forward(machine, &mut normed, x, affine(params, self.norm1), config.norm_eps, (&mut [], 0), |_, _, _| {});
+        machine.profile.enter(Section::Projections);
+        for (i, (affine, dy)) in self.qkv.iter().zip(&dqkv).enumerate() {
+            let write = if i == 0 { Write::Replace } else { Write::Add };
+            let weight = Matrix::f32(&params[affine.weight], n_embd, n_embd);
+            linear::backward_input(machine, &mut dnormed, write, dy.matrix(), weight, n_embd);
+            affine.backward_parameters(machine, grads, dy, normed.matrix(), n_embd);
+        }
+        norm_backward(machine, params, grads, (self.norm1, &norm1), x, &dnormed, dx);
+        machine.buffers.give(dnormed);
+        for values in dqkv.into_iter().chain(qkv).chain([dy, dattended, attended, normed]) {
+            values.give(&mut machine.buffers);
+        }
+        machine.profile.enter(Section::Other);
     }
 }
 
+fn norm_backward(
+    machine: &mut Machine,
+    params: &[Vec<f32>],
+    grads: &mut [Vec<f32>],
+    (at, saved): ([usize; 2], &norm::Saved),
+    x: &[f32],
+    dy: &[f32],
+    dx: &mut [f32],
+) {
+    machine.profile.enter(Section::Norm);
+    let [dscale, dshift] = grads.get_disjoint_mut(at).expect("scale and shift are two tensors");
+    norm::backward(machine, dy, x, &params[at[0]], saved, dx, (dscale, dshift));
+}
+
+/// Scale and shift.
+fn affine(params: &[Vec<f32>], at: [usize; 2]) -> norm::Affine<'_> {
+    (&params[at[0]], &params[at[1]])
+}
+
 impl Affine {
-    fn forward(self, params: &[Vec<f32>], y: &mut [f32], x: &[f32], shape: (usize, usize)) {
-        linear::forward(y, x, &params[self.weight], self.bias.map(|b| &params[b][..]), shape);
+    fn bias(self, params: &[Vec<f32>]) -> Option<&[f32]> {
+        self.bias.map(|b| &params[b][..])
     }
 
-    fn backward(
+    /// `y = x W^T + b`.
+    fn forward(self, machine: &mut Machine, params: &[Vec<f32>], y: &mut Values, x: Matrix, n_in: usize) {
+        let weight = Matrix::f32(&params[self.weight], y.n_col, n_in);
+        linear::forward(machine, y, x, weight, self.bias(params));
+    }
+
+    /// `pre = x W^T + b` and `hidden = gelu(pre)`.
+    fn forward_activated(
         self,
+        machine: &mut Machine,
         params: &[Vec<f32>],
-        grads: &mut [Vec<f32>],
-        dy: &[f32],
-        x: &[f32],
-        dx: (&mut [f32], Write),
-        shape: (usize, usize),
+        [pre, hidden]: [&mut Values; 2],
+        x: Matrix,
+        config: &Config,
     ) {
+        let (kernels, precision, kind) = (Kernels::get(), machine.precision, config.dense_activation);
+        let (n_row, n_out) = (pre.n_row(), pre.n_col);
+        let bias = self.bias(params);
+        let weight = Matrix::f32(&params[self.weight], n_out, config.n_embd);
+        let product = Product::new(precision, x.factor(), weight.t());
+        let outs = [&mut pre.words[..], &mut hidden.words[..]];
+        machine.multiply(outs, (n_out, precision.per_word()), &[0, n_row], |_| product, |[pre, hidden], _, cols, sums| {
+            if let Some(bias) = bias {
+                kernels.axpy(1.0, &bias[cols], sums);
+            }
+            precision.store(kernels, sums, pre);
+            activation::in_place(kind, sums);
+            precision.store(kernels, sums, hidden);
+        });
+    }
+
+    /// `out = residual + drop(x W^T + b)`.
+    fn forward_residual(
+        self,
+        machine: &mut Machine,
+        params: &[Vec<f32>],
+        out: &mut [f32],  // [n_row, n_out]
+        residual: &[f32], // [n_row, n_out]
+        x: Matrix,
+        n_in: usize,
+        dropout: Option<&Dropout>,
+    ) {
+        let kernels = Kernels::get();
+        let n_out = params[self.weight].len() / n_in;
+        let bias = self.bias(params);
+        let product = Product::new(machine.precision, x.factor(), Matrix::f32(&params[self.weight], n_out, n_in).t());
+        let n_row = out.len() / n_out;
+        machine.multiply([out], (n_out, 1), &[0, n_row], |_| product, |[out], row, cols, sums| {
+            if let Some(bias) = bias {
+                kernels.axpy(1.0, &bias[cols.clone()], sums);
+            }
+            if let Some(dropout) = dropout {
+                dropout.apply(row * n_out + cols.start, sums);
+            }
+            out.copy_from_slice(&residual[row * n_out + cols.start..row * n_out + cols.end]);
+            kernels.axpy(1.0, sums, out);
+        });
+    }
+
+    /// Adds to the gradients of weight and bias, given those of the output and the input.
+    fn backward_parameters(self, machine: &mut Machine, grads: &mut [Vec<f32>], dy: &Values, x: Matrix, n_in: usize) {
         let (dweight, dbias) = self.gradients(grads);
-        linear::backward(dy, x, &params[self.weight], dx, dweight, dbias, shape);
+        linear::backward_weight(machine, dweight, dy.matrix(), x, n_in);
+        if let Some(dbias) = dbias {
+            linear::add_column_sums(machine, dy.matrix(), dbias);
+        }
     }
 
     fn gradients(self, grads: &mut [Vec<f32>]) -> (&mut [f32], Option<&mut [f32]>) {
@@ -354,9 +437,8 @@ impl Affine {
     }
 }
 
-fn inputs<'a>(qkv: &'a [Vec<f32>; 3], pass: &Pass<'a>, dropout: Option<&'a Dropout>) -> attention::Inputs<'a> {
-    let [q, k, v] = qkv;
-    attention::Inputs { shape: pass.attention(), q, k, v, mask: pass.sequences.mask, dropout }
+fn inputs<'a>(qkv: &'a [Values; 3], pass: &Pass<'a>, dropout: Option<&'a Dropout>) -> attention::Inputs<'a> {
+    attention::Inputs { shape: pass.attention(), qkv, mask: pass.sequences.mask, dropout }
 }
 
 fn expert_weights(params: &[Vec<f32>], up: Affine, down: Affine) -> experts::Weights<&[f32]> {
@@ -372,23 +454,20 @@ fn expert_gradients(grads: &mut [Vec<f32>], up: Affine, down: Affine) -> experts
     experts::Weights { up, up_bias, down, down_bias }
 }
 
-/// `branch = drop(branch) + x`.
-fn drop_and_add(branch: &mut [f32], x: &[f32], dropout: Option<Dropout>) {
-    if let Some(dropout) = dropout {
-        dropout.apply_all(branch);
-    }
-    const PART: usize = 1 << 13;
-    branch.par_chunks_mut(PART).zip(x.par_chunks(PART)).for_each(|(branch, x)| {
-        for (b, x) in branch.iter_mut().zip(x) {
-            *b += x;
+/// `drop(x)` [n_row, n_col] as products read it.
+fn dropped(machine: &mut Machine, x: &[f32], n_col: usize, dropout: Option<Dropout>) -> Values {
+    let (kernels, precision) = (Kernels::get(), machine.precision);
+    let mut values = Values::take(&mut machine.buffers, precision, x.len() / n_col, n_col);
+    let n_word = values.n_word();
+    machine.team.for_each_chunk(&mut values.words, ROWS * n_word, |i, words| {
+        let mut row = vec![0.0; n_col];
+        for (i, words) in (i * ROWS..).zip(words.chunks_exact_mut(n_word)) {
+            row.copy_from_slice(&x[i * n_col..(i + 1) * n_col]);
+            if let Some(dropout) = &dropout {
+                dropout.apply(i * n_col, &mut row);
+            }
+            precision.store(kernels, &row, words);
         }
     });
-}
-
-/// `to = drop(from)`.
-fn copy_dropped(to: &mut [f32], from: &[f32], dropout: Option<Dropout>) {
-    to.copy_from_slice(from);
-    if let Some(dropout) = dropout {
-        dropout.apply_all(to);
-    }
+    values
 }

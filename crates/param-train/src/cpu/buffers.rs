@@ -5,28 +5,27 @@ use std::collections::HashMap;
 /// Buffers that were given back, by length.
 #[derive(Default)]
 pub struct Buffers {
-    free: HashMap<usize, Vec<Vec<f32>>>,
+    free: HashMap<usize, Vec<Vec<u32>>>,
 }
 
 impl Buffers {
-    /// A buffer of `n` elements with whatever values its last user left.
+    /// `n` words with whatever values their last user left.
+    pub fn take_words(&mut self, n: usize) -> Vec<u32> {
+        self.free.get_mut(&n).and_then(Vec::pop).unwrap_or_else(|| vec![0; n])
+    }
+
+    /// `n` f32 with whatever values their last user left.
     pub fn take(&mut self, n: usize) -> Vec<f32> {
-        self.free.get_mut(&n).and_then(Vec::pop).unwrap_or_else(|| vec![0.0; n])
+        bytemuck::cast_vec(self.take_words(n))
     }
 
-    /// A buffer of `n` zeros.
-    pub fn take_zeroed(&mut self, n: usize) -> Vec<f32> {
-        match self.free.get_mut(&n).and_then(Vec::pop) {
-            Some(mut buffer) => {
-                buffer.fill(0.0);
-                buffer
-            }
-            None => vec![0.0; n],
-        }
-    }
-
-    /// Gives a buffer back.
-    pub fn give(&mut self, buffer: Vec<f32>) {
+    /// Gives words back.
+    pub fn give_words(&mut self, buffer: Vec<u32>) {
         self.free.entry(buffer.len()).or_default().push(buffer);
+    }
+
+    /// Gives f32 back.
+    pub fn give(&mut self, buffer: Vec<f32>) {
+        self.give_words(bytemuck::cast_vec(buffer));
     }
 }

@@ -2,7 +2,7 @@
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
-use rayon::prelude::*;
+use super::machine::Machine;
 
 use crate::random::{Key, Site};
 
@@ -39,9 +39,9 @@ impl Dropout {
     }
 
     /// Drops from all of a site, on all threads.
-    pub fn apply_all(&self, x: &mut [f32]) {
+    pub fn apply_all(&self, machine: &mut Machine, x: &mut [f32]) {
         const PART: usize = 16 * CHUNK;
-        x.par_chunks_mut(PART).enumerate().for_each(|(i, x)| self.apply(i * PART, x));
+        machine.team.for_each_chunk(x, PART, |i, x| self.apply(i * PART, x));
     }
 }
 
@@ -54,7 +54,7 @@ mod tests {
         let key = Key { seed: 3, pass: 5 };
         let dropout = Dropout::new(0.25, Some(key), 2, Site::FfnOut).unwrap();
         let mut x = vec![1.0; 100_000];
-        dropout.apply_all(&mut x);
+        dropout.apply_all(&mut Machine::new(crate::cpu::Compute::default()), &mut x);
         let kept = x.iter().filter(|&&v| v != 0.0).count() as f64 / x.len() as f64;
         assert!((kept - 0.75).abs() < 0.007, "{kept} kept: five standard errors off"); // sqrt(.25 .75 / 1e5) = .0014
         assert!(x.iter().all(|&v| v == 0.0 || v == 1.0 / 0.75));

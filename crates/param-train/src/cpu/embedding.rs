@@ -1,10 +1,12 @@
 //! Token plus learned position embedding, forward and backward.
 
 use param_kernels::Kernels;
-use rayon::prelude::*;
+
+use super::machine::{Machine, ROWS};
 
 /// `x[b, t] = token[id] + position[t]`.
 pub fn forward(
+    machine: &mut Machine,
     x: &mut [f32], // [n_row, n_col, n_embd]
     ids: &[u32],   // [n_row, n_col]
     n_col: usize,
@@ -12,18 +14,21 @@ pub fn forward(
     position: &[f32], // [n_ctx, n_embd]
     n_embd: usize,
 ) {
-    x.par_chunks_mut(n_embd).with_min_len(16).zip(ids).enumerate().for_each(|(i, (x, &id))| {
-        let token = &token[id as usize * n_embd..][..n_embd];
-        let position = &position[i % n_col * n_embd..][..n_embd];
-        for ((x, t), p) in x.iter_mut().zip(token).zip(position) {
-            *x = t + p;
+    machine.team.for_each_chunk(x, ROWS * n_embd, |i, x| {
+        for (i, x) in (i * ROWS..).zip(x.chunks_exact_mut(n_embd)) {
+            let token = &token[ids[i] as usize * n_embd..][..n_embd];
+            let position = &position[i % n_col * n_embd..][..n_embd];
+            for ((x, t), p) in x.iter_mut().zip(token).zip(position) {
+                *x = t + p;
+            }
         }
     });
 }
 
-/// Adds to `dtoken` and `dposition` the gradients of [`forward`] given `dx`. In the order of the ids, so the sums do
-/// not depend on threads; a gather over rows, its cost is far below one matmul.
+/// Adds to `dtoken` and `dposition` the gradients of [`forward`] given `dx`: every thread some columns, in the order of the ids, so
+/// the sums do not depend on threads.
 pub fn backward(
+    machine: &mut Machine,
     dx: &[f32],  // [n_row, n_col, n_embd]
     ids: &[u32], // [n_row, n_col]
     n_col: usize,
@@ -32,8 +37,16 @@ pub fn backward(
     n_embd: usize,
 ) {
     let kernels = Kernels::get();
-    for (i, (dx, &id)) in dx.chunks_exact(n_embd).zip(ids).enumerate() {
-        kernels.axpy(1.0, dx, &mut dtoken[id as usize * n_embd..][..n_embd]);
-        kernels.axpy(1.0, dx, &mut dposition[i % n_col * n_embd..][..n_embd]);
+    let row_of = |i: usize| ids[i] as usize;
+    let position_of = |i: usize| i % n_col;
+    let outs: [(&mut [f32], &(dyn Fn(usize) -> usize + Sync)); 2] = [(dtoken, &row_of), (dposition, &position_of)];
+    for (out, row_of) in outs {
+        let starts = [0, out.len() / n_embd];
+        machine.team.for_each_tile(&mut machine.workspaces, out, n_embd, &starts, ROWS, |_, mut tile| {
+            let cols = tile.cols();
+            for (i, dx) in dx.chunks_exact(n_embd).enumerate() {
+                kernels.axpy(1.0, &dx[cols.clone()], tile.row_mut(row_of(i)));
+            }
+        });
     }
 }

@@ -1,13 +1,15 @@
-//! The experts: tokens gathered by expert, grouped matmuls over what each got, weighted sum back; with their backward.
+//! The experts: products grouped over what each got, whose rows are read where they lie, and a weighted sum back; with their
+//! backward.
 
-use param_kernels::{Kernels, Mat, Write, matmul};
+use param_kernels::{Kernels, Matrix, Product};
 use param_model::Activation;
-use rayon::prelude::*;
 
-use super::buffers::Buffers;
+use super::activation;
 use super::dropout::Dropout;
+use super::linear::add_column_sums;
+use super::machine::{Machine, ROWS};
 use super::router::{DROPPED, Routing};
-use super::{activation, linear};
+use super::values::Values;
 
 /// The experts' parameters or, as `&mut`, their gradients.
 pub struct Weights<W> {
@@ -23,17 +25,10 @@ pub struct Weights<W> {
 
 /// What the backward pass needs. Rows are the kept choices, sorted by expert.
 pub struct Saved {
-    x: Vec<f32>,      // [n_kept, n_embd]
-    pre: Vec<f32>,    // [n_kept, n_ff]
-    hidden: Vec<f32>, // [n_kept, n_ff]
-    y: Vec<f32>,      // [n_kept, n_embd], after dropout
-}
-
-impl Saved {
-    /// Gives the memory back.
-    pub fn recycle(self, buffers: &mut Buffers) {
-        [self.x, self.pre, self.hidden, self.y].into_iter().for_each(|b| buffers.give(b));
-    }
+    /// [n_kept, n_ff], before the nonlinearity.
+    pub pre: Values,
+    /// [n_kept, n_embd], after dropout.
+    pub y: Values,
 }
 
 /// Sizes of the experts of one block.
@@ -47,151 +42,174 @@ pub struct Shape {
     pub activation: Activation,
 }
 
-/// `out[n] = sum over kept choices of weight * expert(x[n])`, zero for a token dropped everywhere.
-pub fn forward(
-    out: &mut [f32], // [n_token, n_embd]
-    x: &[f32],       // [n_token, n_embd]
-    weights: &Weights<&[f32]>,
-    routing: &Routing,
-    shape: Shape,
-    dropout: Option<&Dropout>,
-    buffers: &mut Buffers,
-) -> Saved {
-    let Shape { n_embd, n_ff, activation } = shape;
-    let n_kept = routing.kept.len();
-    let mut saved = Saved {
-        x: buffers.take(n_kept * n_embd),
-        pre: buffers.take(n_kept * n_ff),
-        hidden: buffers.take(n_kept * n_ff),
-        y: buffers.take(n_kept * n_embd),
-    };
-    gather(&mut saved.x, x, routing, n_embd);
-    grouped(&mut saved.pre, &saved.x, weights.up, weights.up_bias, routing, (n_embd, n_ff));
-    activation::forward(activation, &saved.pre, &mut saved.hidden);
-    grouped(&mut saved.y, &saved.hidden, weights.down, weights.down_bias, routing, (n_ff, n_embd));
-    if let Some(dropout) = dropout {
-        dropout.apply_all(&mut saved.y);
-    }
-    let kernels = Kernels::get();
-    out.par_chunks_mut(n_embd).with_min_len(16).enumerate().for_each(|(token, out)| {
-        out.fill(0.0);
-        for choice in token * routing.k..(token + 1) * routing.k {
-            if routing.position[choice] != DROPPED {
-                let y = &saved.y[routing.position[choice] as usize * n_embd..][..n_embd];
-                kernels.axpy(routing.weights[choice], y, out);
-            }
-        }
-    });
-    saved
+/// One expert's part of a tensor of all of them.
+fn of_expert<'a>(weight: &'a [f32], expert: usize, n_in: usize, n_out: usize) -> Matrix<'a> {
+    Matrix::f32(&weight[expert * n_in * n_out..][..n_in * n_out], n_in, n_out)
 }
 
-/// Gradients of [`forward`] given `dout`: adds to `dx` and `dweights`, returns that of the routing weights [n_token, k].
-pub fn backward(
-    dout: &[f32],   // [n_token, n_embd]
-    dx: &mut [f32], // [n_token, n_embd]
+/// `out[n] += sum over kept choices of weight * expert(x[n])`, dropped once more by `residual`.
+pub fn forward(
+    machine: &mut Machine,
+    out: &mut [f32], // [n_token, n_embd]
+    x: &Values,      // [n_token, n_embd]
     weights: &Weights<&[f32]>,
-    mut dweights: Weights<&mut [f32]>,
-    saved: &Saved,
     routing: &Routing,
     shape: Shape,
-    dropout: Option<&Dropout>,
-    buffers: &mut Buffers,
-) -> Vec<f32> {
-    let Shape { n_embd, n_ff, activation } = shape;
-    let kernels = Kernels::get();
+    (dropout, residual): (Option<&Dropout>, Option<&Dropout>),
+) -> Saved {
+    let Shape { n_embd, n_ff, .. } = shape;
+    let (kernels, precision) = (Kernels::get(), machine.precision);
     let n_kept = routing.kept.len();
-
-    let mut drouting = vec![0.0; routing.chosen.len()]; // [n_token, k]
-    drouting.par_iter_mut().with_min_len(64).enumerate().for_each(|(choice, d)| {
-        if routing.position[choice] != DROPPED {
-            let y = &saved.y[routing.position[choice] as usize * n_embd..][..n_embd];
-            *d = kernels.dot(&dout[choice / routing.k * n_embd..][..n_embd], y);
+    let [mut pre, mut hidden] = [(); 2].map(|()| Values::take(&mut machine.buffers, precision, n_kept, n_ff));
+    let mut y = Values::take(&mut machine.buffers, precision, n_kept, n_embd);
+    let starts = &routing.starts;
+    let up = |expert: usize| {
+        let x = x.matrix().gathered(&routing.token_of_kept[routing.of_expert(expert)]);
+        Product::new(precision, x.factor(), of_expert(weights.up, expert, n_embd, n_ff).factor())
+    };
+    let outs = [&mut pre.words[..], &mut hidden.words[..]];
+    let bias = weights.up_bias;
+    machine.multiply(outs, (n_ff, precision.per_word()), starts, up, |[pre, hidden], row, cols, sums| {
+        if let Some(bias) = bias {
+            let first = routing.expert_of(row) * n_ff;
+            kernels.axpy(1.0, &bias[first + cols.start..first + cols.end], sums);
+        }
+        precision.store(kernels, sums, pre);
+        activation::in_place(shape.activation, sums);
+        precision.store(kernels, sums, hidden);
+    });
+    let down = |expert: usize| {
+        let hidden = hidden.matrix().rows(routing.of_expert(expert));
+        Product::new(precision, hidden.factor(), of_expert(weights.down, expert, n_ff, n_embd).factor())
+    };
+    let bias = weights.down_bias;
+    machine.multiply([&mut y.words], (n_embd, precision.per_word()), starts, down, |[y], row, cols, sums| {
+        if let Some(bias) = bias {
+            let first = routing.expert_of(row) * n_embd;
+            kernels.axpy(1.0, &bias[first + cols.start..first + cols.end], sums);
+        }
+        if let Some(dropout) = dropout {
+            dropout.apply(row * n_embd + cols.start, sums);
+        }
+        precision.store(kernels, sums, y);
+    });
+    hidden.give(&mut machine.buffers);
+    machine.team.for_each_chunk(out, ROWS * n_embd, |i, out| {
+        let [mut sum, mut row] = [(); 2].map(|()| vec![0.0; n_embd]);
+        for (token, out) in (i * ROWS..).zip(out.chunks_exact_mut(n_embd)) {
+            sum.fill(0.0);
+            for choice in token * routing.k..(token + 1) * routing.k {
+                if routing.position[choice] != DROPPED {
+                    y.load(routing.position[choice] as usize, 0..n_embd, &mut row);
+                    kernels.axpy(routing.weights[choice], &row, &mut sum);
+                }
+            }
+            if let Some(dropout) = residual {
+                dropout.apply(token * n_embd, &mut sum);
+            }
+            kernels.axpy(1.0, &sum, out);
         }
     });
+    Saved { pre, y }
+}
 
-    let mut dy = buffers.take(n_kept * n_embd); // [n_kept, n_embd]
-    gather(&mut dy, dout, routing, n_embd);
-    dy.par_chunks_mut(n_embd).with_min_len(16).zip(&routing.kept).for_each(|(dy, &choice)| {
-        let weight = routing.weights[choice as usize];
-        dy.iter_mut().for_each(|d| *d *= weight);
-    });
-    if let Some(dropout) = dropout {
-        dropout.apply_all(&mut dy);
-    }
-
-    let mut dhidden = buffers.take(n_kept * n_ff); // [n_kept, n_ff]
-    let (down, ddown) = (weights.down, (dweights.down, dweights.down_bias.as_deref_mut()));
-    grouped_backward(&dy, &saved.hidden, down, &mut dhidden, ddown, routing, (n_ff, n_embd));
-    activation::backward(activation, &saved.pre, &mut dhidden);
-    let dinput = &mut dy; // [n_kept, n_embd]: the output's gradient has been used up
-    let (up, dup) = (weights.up, (dweights.up, dweights.up_bias.as_deref_mut()));
-    grouped_backward(&dhidden, &saved.x, up, dinput, dup, routing, (n_embd, n_ff));
-
-    dx.par_chunks_mut(n_embd).with_min_len(16).enumerate().for_each(|(token, dx)| {
-        for choice in token * routing.k..(token + 1) * routing.k {
+/// Gradient of the routing weights [n_token, k], given that of the experts' output.
+pub fn backward_routing(machine: &mut Machine, dout: &[f32], saved: &Saved, routing: &Routing, n_embd: usize) -> Vec<f32> {
+    let kernels = Kernels::get();
+    let mut drouting = vec![0.0; routing.chosen.len()];
+    machine.team.for_each_chunk(&mut drouting, ROWS * routing.k, |i, drouting| {
+        let mut y = vec![0.0; n_embd];
+        for (choice, d) in (i * ROWS * routing.k..).zip(drouting) {
             if routing.position[choice] != DROPPED {
-                kernels.axpy(1.0, &dinput[routing.position[choice] as usize * n_embd..][..n_embd], dx);
+                saved.y.load(routing.position[choice] as usize, 0..n_embd, &mut y);
+                *d = kernels.dot(&dout[choice / routing.k * n_embd..][..n_embd], &y);
             }
         }
     });
-    buffers.give(dy);
-    buffers.give(dhidden);
     drouting
 }
 
-/// Copies each kept choice's token row from `x` [n_token, n_col] into `rows` [n_kept, n_col].
-fn gather(rows: &mut [f32], x: &[f32], routing: &Routing, n_col: usize) {
-    rows.par_chunks_mut(n_col).with_min_len(16).zip(&routing.kept).for_each(|(row, &choice)| {
-        row.copy_from_slice(&x[choice as usize / routing.k * n_col..][..n_col]);
-    });
-}
-
-/// `y[rows of e] = x[rows of e] W[e] + b[e]` for every expert.
-fn grouped(
-    y: &mut [f32],        // [n_kept, n_out]
-    x: &[f32],            // [n_kept, n_in]
-    weight: &[f32],       // [n_expert, n_in, n_out]
-    bias: Option<&[f32]>, // [n_expert, n_out]
+/// Gradients of [`forward`] given `dout`, that of the sum before the residual: adds to `dx` and `dweights`.
+pub fn backward(
+    machine: &mut Machine,
+    dout: &[f32],   // [n_token, n_embd]
+    x: &Values,     // [n_token, n_embd]
+    dx: &mut [f32], // [n_token, n_embd]
+    weights: &Weights<&[f32]>,
+    dweights: Weights<&mut [f32]>,
+    saved: Saved,
     routing: &Routing,
-    (n_in, n_out): (usize, usize),
+    shape: Shape,
+    dropout: Option<&Dropout>,
 ) {
-    for (expert, weight) in weight.chunks_exact(n_in * n_out).enumerate() {
-        let rows = routing.of_expert(expert);
-        let y = &mut y[rows.start * n_out..rows.end * n_out];
-        let write = match bias {
-            Some(bias) => {
-                linear::set_rows(y, &bias[expert * n_out..][..n_out]);
-                Write::Add
+    let Shape { n_embd, n_ff, .. } = shape;
+    let (kernels, precision) = (Kernels::get(), machine.precision);
+    let n_kept = routing.kept.len();
+    let starts = &routing.starts;
+    let Saved { pre, y: mut dy } = saved;
+    let n_expert = routing.load.len();
+
+    // What was the output becomes its gradient, of each kept choice.
+    let n_word = dy.n_word();
+    machine.team.for_each_chunk(&mut dy.words, ROWS * n_word, |i, words| {
+        let mut row = vec![0.0; n_embd];
+        for (kept, words) in (i * ROWS..).zip(words.chunks_exact_mut(n_word)) {
+            let choice = routing.kept[kept] as usize;
+            row.fill(0.0);
+            kernels.axpy(routing.weights[choice], &dout[choice / routing.k * n_embd..][..n_embd], &mut row);
+            if let Some(dropout) = dropout {
+                dropout.apply(kept * n_embd, &mut row);
             }
-            None => Write::Replace,
-        };
-        let x = Mat::new(&x[rows.start * n_in..rows.end * n_in], rows.len(), n_in);
-        matmul(y, n_out, write, 1.0, x, Mat::new(weight, n_in, n_out), rayon::current_num_threads());
-    }
-}
-
-/// Gradients of [`grouped`] given `dy`: replaces `dx`, adds to those of weight and bias.
-fn grouped_backward(
-    dy: &[f32],     // [n_kept, n_out]
-    x: &[f32],      // [n_kept, n_in]
-    weight: &[f32], // [n_expert, n_in, n_out]
-    dx: &mut [f32], // [n_kept, n_in]
-    (dweight, mut dbias): (&mut [f32], Option<&mut [f32]>),
-    routing: &Routing,
-    (n_in, n_out): (usize, usize),
-) {
-    let n_thread = rayon::current_num_threads();
-    let experts = weight.chunks_exact(n_in * n_out).zip(dweight.chunks_exact_mut(n_in * n_out));
-    for (expert, (weight, dweight)) in experts.enumerate() {
-        let rows = routing.of_expert(expert);
-        let dy = &dy[rows.start * n_out..rows.end * n_out];
-        let dy_mat = Mat::new(dy, rows.len(), n_out);
-        let x = Mat::new(&x[rows.start * n_in..rows.end * n_in], rows.len(), n_in);
-        let dx = &mut dx[rows.start * n_in..rows.end * n_in];
-        matmul(dx, n_in, Write::Replace, 1.0, dy_mat, Mat::new(weight, n_in, n_out).t(), n_thread);
-        matmul(dweight, n_out, Write::Add, 1.0, x.t(), dy_mat, n_thread);
-        if let Some(dbias) = &mut dbias {
-            linear::add_column_sums(dy, &mut dbias[expert * n_out..][..n_out]);
+            precision.store(kernels, &row, words);
         }
+    });
+
+    let [mut dpre, mut hidden] = [(); 2].map(|()| Values::take(&mut machine.buffers, precision, n_kept, n_ff));
+    let to_hidden = |expert: usize| {
+        let dy = dy.matrix().rows(routing.of_expert(expert));
+        Product::new(precision, dy.factor(), of_expert(weights.down, expert, n_ff, n_embd).t())
+    };
+    let outs = [&mut dpre.words[..], &mut hidden.words[..]];
+    machine.multiply(outs, (n_ff, precision.per_word()), starts, to_hidden, |[dpre, hidden], row, cols, sums| {
+        activation::backward(shape.activation, &pre, row, cols, sums, (dpre, hidden));
+    });
+    let down_gradient = |expert: usize| {
+        let rows = routing.of_expert(expert);
+        Product::new(precision, hidden.matrix().rows(rows.clone()).t(), dy.matrix().rows(rows).factor())
+    };
+    let rows = |n: usize| (0..=n_expert).map(|expert| expert * n).collect::<Vec<_>>();
+    machine.multiply_add(dweights.down, n_embd, &rows(n_ff), down_gradient);
+    hidden.give(&mut machine.buffers);
+    let up_gradient = |expert: usize| {
+        let x = x.matrix().gathered(&routing.token_of_kept[routing.of_expert(expert)]);
+        Product::new(precision, x.t(), dpre.matrix().rows(routing.of_expert(expert)).factor())
+    };
+    machine.multiply_add(dweights.up, n_ff, &rows(n_embd), up_gradient);
+    for (bias, dy, n) in [(dweights.up_bias, &dpre, n_ff), (dweights.down_bias, &dy, n_embd)] {
+        for (expert, bias) in bias.into_iter().flat_map(|bias| bias.chunks_exact_mut(n)).enumerate() {
+            add_column_sums(machine, dy.matrix().rows(routing.of_expert(expert)), bias);
+        }
+    }
+
+    let mut dinput = machine.buffers.take(n_kept * n_embd); // [n_kept, n_embd]
+    let to_input = |expert: usize| {
+        let dpre = dpre.matrix().rows(routing.of_expert(expert));
+        Product::new(precision, dpre.factor(), of_expert(weights.up, expert, n_embd, n_ff).t())
+    };
+    machine.multiply([&mut dinput[..]], (n_embd, 1), starts, to_input, |[dinput], _, _, sums| {
+        dinput.copy_from_slice(sums);
+    });
+    machine.team.for_each_chunk(dx, ROWS * n_embd, |i, dx| {
+        for (token, dx) in (i * ROWS..).zip(dx.chunks_exact_mut(n_embd)) {
+            for choice in token * routing.k..(token + 1) * routing.k {
+                if routing.position[choice] != DROPPED {
+                    kernels.axpy(1.0, &dinput[routing.position[choice] as usize * n_embd..][..n_embd], dx);
+                }
+            }
+        }
+    });
+    machine.buffers.give(dinput);
+    for values in [dpre, pre, dy] {
+        values.give(&mut machine.buffers);
     }
 }

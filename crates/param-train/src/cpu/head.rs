@@ -1,14 +1,15 @@
 //! Output head and cross-entropy, fused over chunks of rows: the logits of a batch never exist whole.
 
-use param_kernels::{Kernels, Mat, Write, matmul};
-use rayon::prelude::*;
+use param_kernels::{Kernels, Matrix, Product};
 
-use super::buffers::Buffers;
+use super::linear::{Write, backward_input, backward_weight};
+use super::machine::Machine;
+use super::values::Values;
 use crate::data::IGNORED;
 
 /// Rows of logits at a time: about 16 MiB, but enough rows that the product stays a matmul and not a matrix-vector one.
 fn rows_per_chunk(n_vocab: usize) -> usize {
-    ((4 << 20) / n_vocab).clamp(256, 4096)
+    ((4 << 20) / n_vocab).clamp(512, 4096)
 }
 
 /// Gradients that [`cross_entropy`] computes besides the loss.
@@ -30,50 +31,54 @@ pub struct CrossEntropy {
     pub n_target: usize,
 }
 
+/// `logits = x W^T`.
+pub fn logits(machine: &mut Machine, logits: &mut [f32], x: Matrix, weight: &[f32], n_embd: usize) {
+    let n_vocab = weight.len() / n_embd;
+    let n_row = logits.len() / n_vocab;
+    let product = Product::new(machine.precision, x.factor(), Matrix::f32(weight, n_vocab, n_embd).t());
+    machine.multiply([logits], (n_vocab, 1), &[0, n_row], |_| product, |[out], _, _, sums| out.copy_from_slice(sums));
+}
+
 /// Cross-entropy of the logits `x W^T` against `targets` ([`IGNORED`] where none counts).
 pub fn cross_entropy(
-    x: &[f32],       // [n_row, n_embd]
+    machine: &mut Machine,
+    x: &Values,      // [n_row, n_embd]
     weight: &[f32],  // [n_vocab, n_embd]
     targets: &[i32], // [n_row]
-    n_embd: usize,
     mut gradients: Option<Gradients>,
-    buffers: &mut Buffers,
 ) -> CrossEntropy {
-    let kernels = Kernels::get();
-    let n_thread = rayon::current_num_threads();
+    let (kernels, precision) = (Kernels::get(), machine.precision);
+    let n_embd = x.n_col;
     let n_vocab = weight.len() / n_embd;
     let rows = rows_per_chunk(n_vocab).min(targets.len());
-    let weight = Mat::new(weight, n_vocab, n_embd);
-    let mut buffer = buffers.take(rows * n_vocab);
-    let mut loss = 0.0;
-    for (i, targets) in targets.chunks(rows).enumerate() {
+    let n_word = precision.words(n_vocab);
+    let mut buffer = machine.buffers.take(rows * n_vocab);
+    let mut narrow = machine.buffers.take_words(if gradients.is_some() { rows * n_word } else { 0 });
+    let mut losses = vec![0.0; targets.len()];
+    for (i, (targets, losses)) in targets.chunks(rows).zip(losses.chunks_mut(rows)).enumerate() {
         let n_row = targets.len();
-        let at = i * rows * n_embd..(i * rows + n_row) * n_embd;
-        let x = Mat::new(&x[at.clone()], n_row, n_embd);
-        let logits = &mut buffer[..n_row * n_vocab]; // [n_row, n_vocab]
-        matmul(logits, n_vocab, Write::Replace, 1.0, x, weight.t(), n_thread);
+        let x = x.matrix().rows(i * rows..i * rows + n_row);
+        let all = &mut buffer[..n_row * n_vocab]; // [n_row, n_vocab]
+        logits(machine, all, x, weight, n_embd);
         let scale = gradients.as_ref().map(|g| g.scale);
-        let losses = logits.par_chunks_mut(n_vocab).zip(targets).map(|(logits, &target)| {
-            let Ok(target) = usize::try_from(target) else {
-                logits.fill(0.0); // its gradient
-                return 0.0;
+        machine.team.for_each_chunks((all, n_vocab), (losses, 1), (&mut narrow, n_word), |i, logits, loss, words| {
+            let Ok(target) = usize::try_from(targets[i]) else {
+                words.fill(0); // its gradient
+                return;
             };
-            let at_target = logits[target];
-            let log_sum = kernels.log_sum_exp(logits);
-            if let Some(scale) = scale {
-                kernels.softmax(logits);
-                logits[target] -= 1.0;
-                logits.iter_mut().for_each(|d| *d *= scale);
+            loss[0] = f64::from(kernels.cross_entropy(logits, target, scale.unwrap_or(1.0)));
+            if scale.is_some() {
+                precision.store(kernels, logits, words);
             }
-            f64::from(log_sum - at_target)
         });
-        loss += losses.collect::<Vec<f64>>().iter().sum::<f64>();
         if let Some(gradients) = &mut gradients {
-            let dlogits = Mat::new(logits, n_row, n_vocab);
-            matmul(&mut gradients.dx[at], n_embd, Write::Replace, 1.0, dlogits, weight, n_thread);
-            matmul(gradients.dweight, n_embd, Write::Add, 1.0, dlogits.t(), x, n_thread);
+            let dlogits = Matrix::new(precision, &narrow[..n_row * n_word], n_row, n_vocab);
+            let dx = &mut gradients.dx[i * rows * n_embd..][..n_row * n_embd];
+            backward_input(machine, dx, Write::Replace, dlogits, Matrix::f32(weight, n_vocab, n_embd), n_embd);
+            backward_weight(machine, gradients.dweight, dlogits, x, n_embd);
         }
     }
-    buffers.give(buffer);
-    CrossEntropy { sum: loss, n_target: targets.iter().filter(|&&t| t != IGNORED).count() }
+    machine.buffers.give(buffer);
+    machine.buffers.give_words(narrow);
+    CrossEntropy { sum: losses.iter().sum(), n_target: targets.iter().filter(|&&t| t != IGNORED).count() }
 }

@@ -1,63 +1,57 @@
 //! Linear layers `y = x W^T + b`, forward and backward.
 
-use param_kernels::{Mat, Write, matmul};
-use rayon::prelude::*;
+use param_kernels::{Kernels, Matrix, Product};
+
+use super::machine::Machine;
+use super::values::Values;
+
+/// Whether a gradient replaces what is there or is added to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Write {
+    Replace,
+    Add,
+}
 
 /// `y = x W^T + b`.
-pub fn forward(
-    y: &mut [f32],        // [n_row, n_out]
-    x: &[f32],            // [n_row, n_in]
-    weight: &[f32],       // [n_out, n_in]
-    bias: Option<&[f32]>, // [n_out]
-    (n_in, n_out): (usize, usize),
-) {
-    let n_row = x.len() / n_in;
-    let write = match bias {
-        Some(bias) => {
-            set_rows(y, bias);
-            Write::Add
+pub fn forward(machine: &mut Machine, y: &mut Values, x: Matrix, weight: Matrix, bias: Option<&[f32]>) {
+    let (kernels, precision) = (Kernels::get(), machine.precision);
+    let (n_row, n_out) = (y.n_row(), y.n_col);
+    let product = Product::new(precision, x.factor(), weight.t());
+    let shape = (n_out, precision.per_word());
+    machine.multiply([&mut y.words], shape, &[0, n_row], |_| product, |[out], _, cols, sums| {
+        if let Some(bias) = bias {
+            kernels.axpy(1.0, &bias[cols], sums);
         }
-        None => Write::Replace,
-    };
-    let (x, weight) = (Mat::new(x, n_row, n_in), Mat::new(weight, n_out, n_in));
-    matmul(y, n_out, write, 1.0, x, weight.t(), rayon::current_num_threads());
+        precision.store(kernels, sums, out);
+    });
 }
 
-/// Gradients of [`forward`] given `dy`: adds to `dweight` and `dbias`; `dx` is replaced or added to.
-pub fn backward(
-    dy: &[f32],                       // [n_row, n_out]
-    x: &[f32],                        // [n_row, n_in]
-    weight: &[f32],                   // [n_out, n_in]
-    (dx, write): (&mut [f32], Write), // [n_row, n_in]
-    dweight: &mut [f32],              // [n_out, n_in]
-    dbias: Option<&mut [f32]>,        // [n_out]
-    (n_in, n_out): (usize, usize),
-) {
-    let n_row = x.len() / n_in;
-    let n_thread = rayon::current_num_threads();
-    let dy_mat = Mat::new(dy, n_row, n_out);
-    matmul(dx, n_in, write, 1.0, dy_mat, Mat::new(weight, n_out, n_in), n_thread);
-    matmul(dweight, n_in, Write::Add, 1.0, dy_mat.t(), Mat::new(x, n_row, n_in), n_thread);
-    if let Some(dbias) = dbias {
-        add_column_sums(dy, dbias);
-    }
+/// The gradient of `x` given that of `y`: `dx = dy W`, or added to what is there.
+pub fn backward_input(machine: &mut Machine, dx: &mut [f32], write: Write, dy: Matrix, weight: Matrix, n_in: usize) {
+    let kernels = Kernels::get();
+    let n_row = dx.len() / n_in;
+    let product = Product::new(machine.precision, dy.factor(), weight.factor());
+    machine.multiply([dx], (n_in, 1), &[0, n_row], |_| product, |[out], _, _, sums| {
+        match write {
+            Write::Replace => out.copy_from_slice(sums),
+            Write::Add => kernels.axpy(1.0, sums, out),
+        }
+    });
 }
 
-/// Sets every row of `y` [n_row, n_col] to `row` [n_col].
-pub fn set_rows(y: &mut [f32], row: &[f32]) {
-    y.par_chunks_mut(row.len()).with_min_len(16).for_each(|y| y.copy_from_slice(row));
+/// Adds to `dweight` [n_out, n_in] the gradient `dy^T x`.
+pub fn backward_weight(machine: &mut Machine, dweight: &mut [f32], dy: Matrix, x: Matrix, n_in: usize) {
+    let n_out = dweight.len() / n_in;
+    let product = Product::new(machine.precision, dy.t(), x.factor());
+    machine.multiply_add(dweight, n_in, &[0, n_out], |_| product);
 }
 
-/// `sums[j] += sum_i x[i, j]` for x [n_row, n_col], in row order whatever the number of threads.
-pub fn add_column_sums(x: &[f32], sums: &mut [f32]) {
+/// `sums[j] += sum_i x[i, j]` for some rows `x`, in row order whatever the number of threads.
+pub fn add_column_sums(machine: &mut Machine, x: Matrix, sums: &mut [f32]) {
     // Wide enough for whole cache lines, narrow enough to give every thread its columns.
     const COLUMNS: usize = 64;
-    let n_col = sums.len();
-    sums.par_chunks_mut(COLUMNS).enumerate().for_each(|(i, sums)| {
-        for row in x.chunks_exact(n_col) {
-            for (sum, &x) in sums.iter_mut().zip(&row[i * COLUMNS..]) {
-                *sum += x;
-            }
-        }
+    let kernels = Kernels::get();
+    machine.team.for_each_chunk(sums, COLUMNS, |i, sums| {
+        kernels.add_column_sums(&x.cols(i * COLUMNS..i * COLUMNS + sums.len()), sums);
     });
 }

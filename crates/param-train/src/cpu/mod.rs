@@ -1,30 +1,38 @@
-//! The whole model on the CPU in f32, forward and backward: the oracle that every other back end is held against.
+//! The whole model on the CPU, forward and backward; in f32 the oracle that every other back end is held against.
 
-pub mod activation;
-pub mod attention;
+mod activation;
+mod attention;
 mod block;
-pub mod buffers;
-pub mod dropout;
-pub mod embedding;
-pub mod experts;
-pub mod head;
-pub mod linear;
-pub mod norm;
-pub mod router;
+mod buffers;
+mod dropout;
+mod embedding;
+mod experts;
+mod head;
+mod linear;
+mod machine;
+mod norm;
+mod profile;
+mod router;
 #[cfg(test)]
 mod tests;
+mod values;
 
 use std::collections::HashMap;
 
+use param_kernels::Team;
+pub use param_kernels::Precision;
 use param_model::{Config, Part, TensorSpec, tensors};
 use rand_distr::{Distribution, StandardNormal};
 
 use crate::random::{Key, Site};
 use block::{Block, Saved};
-use buffers::Buffers;
 use dropout::Dropout;
-use head::CrossEntropy;
+pub use head::CrossEntropy;
+pub use machine::Compute;
+use machine::Machine;
+pub use profile::{Profile, Section, Spent};
 pub use router::{Capacity, Routing};
+use values::Values;
 
 /// A model's structure: where each parameter stands among the vectors of the tensor table's order.
 pub struct Model {
@@ -32,7 +40,8 @@ pub struct Model {
     table: Vec<TensorSpec>,
     index: HashMap<(Part, Option<usize>), usize>,
     blocks: Vec<Block>,
-    buffers: Buffers,
+    machine: Machine,
+    recompute: bool,
 }
 
 /// Token sequences of equal length.
@@ -55,6 +64,26 @@ pub enum NoiseSource<'a> {
     Drawn(Key),
     /// Given: one [n_token, n_expert] per MoE block, in order.
     Given(&'a [Vec<f32>]),
+}
+
+impl NoiseSource<'_> {
+    /// Draws for a block's router [n_token, n_expert], the same ones whenever they are asked for.
+    fn normal(&self, config: &Config, block: usize, n_token: usize) -> Option<Vec<f32>> {
+        if !config.is_moe(block) {
+            return None;
+        }
+        match self {
+            NoiseSource::Off => None,
+            NoiseSource::Drawn(key) => {
+                let mut rng = key.stream(block, Site::Router);
+                Some((0..n_token * config.n_expert).map(|_| StandardNormal.sample(&mut rng)).collect())
+            }
+            NoiseSource::Given(given) => {
+                let n_before = (0..block).filter(|&i| config.is_moe(i)).count();
+                Some(given[n_before].clone())
+            }
+        }
+    }
 }
 
 /// How a forward pass treats its tokens.
@@ -123,19 +152,23 @@ pub struct GradientScale {
 
 /// A forward pass up to the final norm.
 struct Forward {
-    blocks: Vec<Saved>,
-    x: Vec<f32>, // [n_token, n_embd], output of the last block
+    /// The inputs of all blocks, and the output of the last, where a backward pass follows; else only that: [n_token, n_embd] each.
+    xs: Vec<Vec<f32>>,
+    /// Where a backward pass follows: of each block, or none where it will be computed again.
+    saved: Vec<Option<Saved>>,
+    routings: Vec<Option<Routing>>, // [n_layer]
     norm: norm::Saved,
-    normed: Vec<f32>, // [n_token, n_embd]
+    normed: Values, // [n_token, n_embd]
 }
 
 impl Model {
-    /// The model of `config`.
-    pub fn new(config: &Config) -> Self {
+    /// The model of `config`, computed as `compute` says.
+    pub fn new(config: &Config, compute: Compute) -> Self {
         let table = tensors(config);
         let index = table.iter().enumerate().map(|(i, t)| ((t.part, t.block), i)).collect();
         let blocks = (0..config.n_layer).map(|i| Block::new(config, i, &index)).collect();
-        Self { config: config.clone(), table, index, blocks, buffers: Buffers::default() }
+        let machine = Machine::new(compute);
+        Self { config: config.clone(), table, index, blocks, machine, recompute: compute.recompute }
     }
 
     /// Its hyperparameters.
@@ -157,25 +190,35 @@ impl Model {
         self.index[&(part, None)]
     }
 
+    /// Its tensors, and the threads it is computed with.
+    pub fn table_and_team(&mut self) -> (&[TensorSpec], &mut Team) {
+        (&self.table, &mut self.machine.team)
+    }
+
+    /// Where the time went.
+    pub fn profile(&mut self) -> &mut Profile {
+        &mut self.machine.profile
+    }
+
     /// Loss over `targets` [n_row, n_col] ([`crate::data::IGNORED`] where none counts), without gradients.
     pub fn loss(&mut self, params: &[Vec<f32>], sequences: Sequences, targets: &[i32], mode: Mode) -> Losses {
-        let mut forward = self.forward(params, sequences, mode, false);
-        let routings = std::mem::take(&mut forward.blocks).into_iter().filter_map(Saved::into_routing).collect();
-        let (token, n_embd) = (self.at(Part::TokenEmbd), self.config.n_embd);
-        let cross_entropy =
-            head::cross_entropy(&forward.normed, &params[token], targets, n_embd, None, &mut self.buffers);
-        self.recycle(forward);
+        let forward = self.forward(params, sequences, mode, false);
+        let token = self.at(Part::TokenEmbd);
+        self.machine.profile.enter(Section::Head);
+        let cross_entropy = head::cross_entropy(&mut self.machine, &forward.normed, &params[token], targets, None);
+        let routings = self.recycle(forward);
         Losses { cross_entropy, routings }
     }
 
     /// Logits of position `row * n_col + col` for each of `positions`, [positions.len(), n_vocab].
     pub fn logits(&mut self, params: &[Vec<f32>], sequences: Sequences, positions: &[usize], mode: Mode) -> Vec<f32> {
         let forward = self.forward(params, sequences, mode, false);
-        let n_embd = self.config.n_embd;
-        let rows = positions.iter().flat_map(|&p| &forward.normed[p * n_embd..][..n_embd]).copied().collect::<Vec<_>>();
         let mut logits = vec![0.0; positions.len() * self.config.n_vocab];
-        let head = &params[self.at(Part::TokenEmbd)];
-        linear::forward(&mut logits, &rows, head, None, (n_embd, self.config.n_vocab));
+        let weight = &params[self.at(Part::TokenEmbd)];
+        let positions = positions.iter().map(|&p| p as u32).collect::<Vec<_>>();
+        let x = forward.normed.matrix().gathered(&positions);
+        self.machine.profile.enter(Section::Head);
+        head::logits(&mut self.machine, &mut logits, x, weight, self.config.n_embd);
         self.recycle(forward);
         logits
     }
@@ -192,77 +235,99 @@ impl Model {
     ) -> Losses {
         let mut forward = self.forward(params, sequences, mode, true);
         let (token, n_embd) = (self.at(Part::TokenEmbd), self.config.n_embd);
-        let mut dnormed = self.buffers.take(forward.normed.len()); // [n_token, n_embd]
+        let (norm_scale, norm_shift) = (self.at(Part::OutputNormScale), self.at(Part::OutputNormShift));
+        let position = self.at(Part::PositionEmbd);
+        let Self { config, blocks, machine, .. } = self;
+        machine.profile.enter(Section::Head);
+        let x = forward.xs.pop().expect("the last block's output"); // [n_token, n_embd]
+        let mut dnormed = machine.buffers.take(x.len()); // [n_token, n_embd]
         let gradients =
             head::Gradients { scale: 1.0 / scale.n_target as f32, dx: &mut dnormed, dweight: &mut grads[token] };
-        let cross_entropy =
-            head::cross_entropy(&forward.normed, &params[token], targets, n_embd, Some(gradients), &mut self.buffers);
-        let mut dx = self.buffers.take_zeroed(forward.x.len()); // [n_token, n_embd]
-        let (norm_scale, norm_shift) = (self.at(Part::OutputNormScale), self.at(Part::OutputNormShift));
+        let cross_entropy = head::cross_entropy(machine, &forward.normed, &params[token], targets, Some(gradients));
+        machine.profile.enter(Section::Norm);
+        let mut dx = machine.buffers.take(x.len()); // [n_token, n_embd]
+        dx.fill(0.0);
         let [dscale, dshift] = grads.get_disjoint_mut([norm_scale, norm_shift]).expect("two tensors");
-        norm::backward(&dnormed, &forward.x, &params[norm_scale], &forward.norm, &mut dx, dscale, dshift);
-        self.buffers.give(dnormed);
+        norm::backward(machine, &dnormed, &x, &params[norm_scale], &forward.norm, &mut dx, (dscale, dshift));
+        machine.buffers.give(dnormed);
+        machine.buffers.give(x);
 
-        let (aux_weight, z_weight) = router_loss_weights(&self.config);
+        let (aux_weight, z_weight) = router_loss_weights(config);
         let share = 1.0 / scale.n_batch as f32;
         let weights = (aux_weight * share, z_weight * share);
-        let mut routings = Vec::new();
-        for (i, saved) in std::mem::take(&mut forward.blocks).into_iter().enumerate().rev() {
-            let pass = block::Pass { config: &self.config, sequences, dropout: mode.dropout, index: i };
-            let routing = self.blocks[i].backward(params, grads, saved, &mut dx, weights, pass, &mut self.buffers);
-            routings.extend(routing);
+        for index in (0..blocks.len()).rev() {
+            let pass = block::Pass { config, sequences, dropout: mode.dropout, index };
+            let x = forward.xs.pop().expect("an input of every block");
+            let saved = forward.saved.pop().expect("an entry of every block");
+            let saved = saved.unwrap_or_else(|| {
+                let normal = mode.noise.normal(config, index, sequences.ids.len());
+                let again = blocks[index].forward(machine, params, &x, normal, mode.capacity, pass);
+                machine.buffers.give(again.out);
+                again.saved
+            });
+            let routing = forward.routings[index].as_ref();
+            blocks[index].backward(machine, params, grads, &x, saved, routing, &mut dx, weights, pass);
+            machine.buffers.give(x);
         }
-        routings.reverse();
-        if let Some(dropout) = Dropout::new(self.config.dropout, mode.dropout, 0, Site::Embedding) {
-            dropout.apply_all(&mut dx);
+        machine.profile.enter(Section::Embedding);
+        if let Some(dropout) = Dropout::new(config.dropout, mode.dropout, 0, Site::Embedding) {
+            dropout.apply_all(machine, &mut dx);
         }
-        let [dtoken, dposition] = grads.get_disjoint_mut([token, self.at(Part::PositionEmbd)]).expect("two tensors");
-        embedding::backward(&dx, sequences.ids, sequences.n_col, dtoken, dposition, n_embd);
-        self.buffers.give(dx);
-        self.recycle(forward);
+        let [dtoken, dposition] = grads.get_disjoint_mut([token, position]).expect("two tensors");
+        embedding::backward(machine, &dx, sequences.ids, sequences.n_col, dtoken, dposition, n_embd);
+        machine.buffers.give(dx);
+        let routings = self.recycle(forward);
         Losses { cross_entropy, routings }
     }
 
     /// Hidden states after the final norm; what the backward pass needs is kept iff `keep`, routings always.
     fn forward(&mut self, params: &[Vec<f32>], sequences: Sequences, mode: Mode, keep: bool) -> Forward {
-        let Self { config, buffers, .. } = self;
+        let (token, position) = (self.at(Part::TokenEmbd), self.at(Part::PositionEmbd));
+        let output_norm = [Part::OutputNormScale, Part::OutputNormShift].map(|part| &params[self.at(part)][..]);
+        let Self { config, machine, recompute, .. } = self;
         let n_embd = config.n_embd;
         let n_token = sequences.ids.len();
         assert!(sequences.n_col <= config.n_ctx && n_token.is_multiple_of(sequences.n_col));
-        let mut x = buffers.take(n_token * n_embd); // [n_token, n_embd]
-        let (token, position) = (self.index[&(Part::TokenEmbd, None)], self.index[&(Part::PositionEmbd, None)]);
-        embedding::forward(&mut x, sequences.ids, sequences.n_col, &params[token], &params[position], n_embd);
+        machine.profile.enter(Section::Embedding);
+        let mut x = machine.buffers.take(n_token * n_embd); // [n_token, n_embd]
+        embedding::forward(machine, &mut x, sequences.ids, sequences.n_col, &params[token], &params[position], n_embd);
         if let Some(dropout) = Dropout::new(config.dropout, mode.dropout, 0, Site::Embedding) {
-            dropout.apply_all(&mut x);
+            dropout.apply_all(machine, &mut x);
         }
-        let mut blocks = Vec::with_capacity(config.n_layer);
-        let mut n_moe = 0;
-        for (i, block) in self.blocks.iter().enumerate() {
-            let normal = match mode.noise {
-                NoiseSource::Drawn(key) if config.is_moe(i) => {
-                    let mut rng = key.stream(i, Site::Router);
-                    Some((0..n_token * config.n_expert).map(|_| StandardNormal.sample(&mut rng)).collect())
-                }
-                NoiseSource::Given(given) if config.is_moe(i) => Some(given[n_moe].clone()),
-                _ => None,
+        let (mut xs, mut all_saved, mut routings) = (Vec::new(), Vec::new(), Vec::new());
+        for (index, block) in self.blocks.iter().enumerate() {
+            let normal = mode.noise.normal(config, index, n_token);
+            let pass = block::Pass { config, sequences, dropout: mode.dropout, index };
+            let block::Forward { out, saved, routing } = block.forward(machine, params, &x, normal, mode.capacity, pass);
+            let input = std::mem::replace(&mut x, out);
+            let kept = if keep && !*recompute {
+                Some(saved)
+            } else {
+                saved.give(&mut machine.buffers);
+                None
             };
-            n_moe += usize::from(config.is_moe(i));
-            let pass = block::Pass { config, sequences, dropout: mode.dropout, index: i };
-            let (out, mut saved) = block.forward(params, x, normal, mode.capacity, pass, buffers);
-            if !keep {
-                saved.recycle(buffers);
+            if keep {
+                xs.push(input);
+                all_saved.push(kept);
+            } else {
+                machine.buffers.give(input);
             }
-            blocks.push(saved);
-            x = out;
+            routings.push(routing);
         }
-        let mut normed = buffers.take(x.len());
-        let (scale, shift) = (self.index[&(Part::OutputNormScale, None)], self.index[&(Part::OutputNormShift, None)]);
-        let norm = norm::forward(&mut normed, &x, &params[scale], &params[shift], config.norm_eps);
-        Forward { blocks, x, norm, normed }
+        machine.profile.enter(Section::Norm);
+        let mut normed = Values::take(&mut machine.buffers, machine.precision, n_token, n_embd);
+        let affine = (output_norm[0], output_norm[1]);
+        let norm = norm::forward(machine, &mut normed, &x, affine, config.norm_eps, (&mut [], 0), |_, _, _| {});
+        xs.push(x);
+        machine.profile.enter(Section::Other);
+        Forward { xs, saved: all_saved, routings, norm, normed }
     }
 
-    fn recycle(&mut self, forward: Forward) {
-        self.buffers.give(forward.x);
-        self.buffers.give(forward.normed);
+    /// Gives back a pass' memory, but for the routings of its MoE blocks.
+    fn recycle(&mut self, forward: Forward) -> Vec<Routing> {
+        forward.normed.give(&mut self.machine.buffers);
+        forward.xs.into_iter().for_each(|x| self.machine.buffers.give(x));
+        self.machine.profile.enter(Section::Other);
+        forward.routings.into_iter().flatten().collect()
     }
 }

@@ -1,9 +1,8 @@
 //! The router: noisy logits, top-k, softmax over the chosen, the capacity rule, and the two losses; with its backward.
 
 use param_kernels::{Kernels, top_k};
-use rayon::prelude::*;
 
-use super::linear;
+use super::machine::{Machine, ROWS};
 
 /// Sorted position of a choice that was dropped.
 pub const DROPPED: u32 = u32::MAX;
@@ -49,6 +48,8 @@ pub struct Routing {
     pub kept: Vec<u32>,
     /// Where each expert's begin in `kept`, and its end: [n_expert + 1].
     pub starts: Vec<usize>,
+    /// The token of each of `kept`: [n_kept].
+    pub token_of_kept: Vec<u32>,
     /// Position in `kept` of each choice, or [`DROPPED`]: [n_token, k].
     pub position: Vec<u32>,
     /// Tokens that chose each expert, before dropping: [n_expert].
@@ -59,20 +60,48 @@ pub struct Routing {
     pub z: f64,
 }
 
+/// What scores experts: a matrix [n_expert, n_embd], and that of the noise.
+#[derive(Clone, Copy)]
+pub struct Scorer<'a> {
+    pub weight: &'a [f32],
+    pub noise: Option<&'a [f32]>,
+}
+
+impl Scorer<'_> {
+    /// Scores of an expert: its logit and, if there is noise, what scales it.
+    pub fn n_score(self) -> usize {
+        1 + usize::from(self.noise.is_some())
+    }
+
+    /// Scores of rows `x` [n_row, n_embd], in f32 whatever the precision of other products: [n_row, n_score, n_expert].
+    pub fn score(self, x: &[f32], n_embd: usize, scores: &mut [f32]) {
+        let kernels = Kernels::get();
+        let weights = || self.weight.chunks_exact(n_embd).chain(self.noise.into_iter().flat_map(|w| w.chunks_exact(n_embd)));
+        let n = self.weight.len() / n_embd * self.n_score();
+        for (x, scores) in x.chunks_exact(n_embd).zip(scores.chunks_exact_mut(n)) {
+            for (score, weight) in scores.iter_mut().zip(weights()) {
+                *score = kernels.dot(x, weight);
+            }
+        }
+    }
+}
+
 /// Learned noise in the logits: `softplus(x Wnoise^T) * normal`.
 pub struct Noise {
     weight_out: Vec<f32>, // x Wnoise^T, [n_token, n_expert]
     normal: Vec<f32>,     // [n_token, n_expert]
 }
 
-impl Noise {
-    /// Noise of one block, from draws of N(0, 1) [n_token, n_expert].
-    pub fn new(x: &[f32], weight: &[f32], normal: Vec<f32>, n_embd: usize, n_expert: usize) -> Self {
-        let mut weight_out = vec![0.0; normal.len()];
-        linear::forward(&mut weight_out, x, weight, None, (n_embd, n_expert));
-        Self { weight_out, normal }
-    }
+/// Splits what [`Scorer::score`] computed into logits and, with draws of N(0, 1) [n_token, n_expert], noise.
+pub fn split(scores: Vec<f32>, normal: Option<Vec<f32>>, n_expert: usize) -> (Vec<f32>, Option<Noise>) {
+    let Some(normal) = normal else { return (scores, None) };
+    let rows = || scores.chunks_exact(2 * n_expert);
+    let logits = rows().flat_map(|row| &row[..n_expert]).copied().collect();
+    let weight_out = rows().flat_map(|row| &row[n_expert..]).copied().collect();
+    (logits, Some(Noise { weight_out, normal }))
+}
 
+impl Noise {
     fn add_to(&self, logits: &mut [f32]) {
         for ((logit, &pre), &normal) in logits.iter_mut().zip(&self.weight_out).zip(&self.normal) {
             *logit += softplus(pre) * normal;
@@ -92,7 +121,13 @@ fn softplus(x: f32) -> f32 {
 }
 
 /// Routes tokens by their `logits` [n_token, n_expert].
-pub fn forward(mut logits: Vec<f32>, noise: Option<&Noise>, k: usize, n_expert: usize, capacity: Capacity) -> Routing {
+pub fn forward(
+    machine: &mut Machine,
+    mut logits: Vec<f32>,
+    noise: Option<&Noise>,
+    (k, n_expert): (usize, usize),
+    capacity: Capacity,
+) -> Routing {
     if let Some(noise) = noise {
         noise.add_to(&mut logits);
     }
@@ -101,14 +136,18 @@ pub fn forward(mut logits: Vec<f32>, noise: Option<&Noise>, k: usize, n_expert: 
     let mut chosen = vec![0; n_token * k];
     let mut weights = vec![0.0; n_token * k];
     let mut squared = vec![0.0f64; n_token];
-    let tokens = chosen.par_chunks_mut(k).zip(weights.par_chunks_mut(k)).zip(squared.par_iter_mut());
-    tokens.zip(logits.par_chunks(n_expert)).with_min_len(64).for_each(|(((chosen, weights), squared), logits)| {
-        top_k(logits, chosen);
-        for (weight, &expert) in weights.iter_mut().zip(&*chosen) {
-            *weight = logits[expert as usize];
+    let outs = ((&mut chosen[..], ROWS * k), (&mut weights[..], ROWS * k), (&mut squared[..], ROWS));
+    machine.team.for_each_chunks(outs.0, outs.1, outs.2, |i, chosen, weights, squared| {
+        let logits = logits[i * ROWS * n_expert..].chunks_exact(n_expert);
+        let tokens = chosen.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k)).zip(squared);
+        for (((chosen, weights), squared), logits) in tokens.zip(logits) {
+            top_k(logits, chosen);
+            for (weight, &expert) in weights.iter_mut().zip(&*chosen) {
+                *weight = logits[expert as usize];
+            }
+            kernels.softmax(weights);
+            *squared = f64::from(kernels.log_sum_exp(logits)).powi(2);
         }
-        kernels.softmax(weights);
-        *squared = f64::from(kernels.log_sum_exp(logits)).powi(2);
     });
 
     let mut load = vec![0; n_expert];
@@ -152,6 +191,11 @@ impl Routing {
         self.starts[expert]..self.starts[expert + 1]
     }
 
+    /// The expert that takes `kept[row]`.
+    pub fn expert_of(&self, row: usize) -> usize {
+        self.starts.partition_point(|&start| start <= row) - 1
+    }
+
     /// Decides what each expert takes (every token's first choice in order, then the second choices, and so on, up to
     /// `capacity`), and sorts it by expert.
     fn fill_queues(&mut self, capacity: usize) {
@@ -174,10 +218,12 @@ impl Routing {
         }
         self.starts.push(start);
         self.kept = vec![0; start];
+        self.token_of_kept = vec![0; start];
         let mut next = self.starts.clone();
         for choice in (0..n_token * k).filter(|&choice| keep[choice]) {
             let next = &mut next[self.chosen[choice] as usize];
             self.kept[*next] = choice as u32;
+            self.token_of_kept[*next] = (choice / k) as u32;
             self.position[choice] = *next as u32;
             *next += 1;
         }
@@ -185,7 +231,7 @@ impl Routing {
 
     /// Gradient of the logits [n_token, n_expert], given `dweights` [n_token, k] (zero where dropped) and the factors of
     /// the two losses in the total. The load f_e counts as a constant, as in the reference.
-    pub fn backward(&self, dweights: &[f32], aux_weight: f32, z_weight: f32) -> Vec<f32> {
+    pub fn backward(&self, machine: &mut Machine, dweights: &[f32], (aux_weight, z_weight): (f32, f32)) -> Vec<f32> {
         let kernels = Kernels::get();
         let n_expert = self.load.len();
         let n = self.n_token() as f64;
@@ -194,16 +240,18 @@ impl Routing {
         let daux = daux.collect::<Vec<_>>(); // [n_expert]
         let z_scale = 2.0 * z_weight / n as f32;
         let mut dlogits = self.logits.clone(); // [n_token, n_expert]
-        dlogits.par_chunks_mut(n_expert).with_min_len(64).enumerate().for_each(|(token, dlogits)| {
-            let log_sum = kernels.log_sum_exp(dlogits);
-            kernels.softmax(dlogits);
-            dlogits.iter_mut().for_each(|p| *p *= z_scale * log_sum);
-            let choices = token * self.k..(token + 1) * self.k;
-            let (weights, chosen) = (&self.weights[choices.clone()], &self.chosen[choices.clone()]);
-            let total = |slot: usize| dweights[choices.start + slot] + daux[chosen[slot] as usize];
-            let mean = (0..self.k).map(|slot| weights[slot] * total(slot)).sum::<f32>();
-            for slot in 0..self.k {
-                dlogits[chosen[slot] as usize] += weights[slot] * (total(slot) - mean);
+        machine.team.for_each_chunk(&mut dlogits, ROWS * n_expert, |i, dlogits| {
+            for (token, dlogits) in (i * ROWS..).zip(dlogits.chunks_exact_mut(n_expert)) {
+                let log_sum = kernels.log_sum_exp(dlogits);
+                kernels.softmax(dlogits);
+                dlogits.iter_mut().for_each(|p| *p *= z_scale * log_sum);
+                let choices = token * self.k..(token + 1) * self.k;
+                let (weights, chosen) = (&self.weights[choices.clone()], &self.chosen[choices.clone()]);
+                let total = |slot: usize| dweights[choices.start + slot] + daux[chosen[slot] as usize];
+                let mean = (0..self.k).map(|slot| weights[slot] * total(slot)).sum::<f32>();
+                for slot in 0..self.k {
+                    dlogits[chosen[slot] as usize] += weights[slot] * (total(slot) - mean);
+                }
             }
         });
         dlogits
@@ -227,7 +275,8 @@ mod tests {
         // Tokens 0 and 1 choose expert 0 second, tokens 2 to 5 first; four fit.
         let (first, second) = ([2.0, 3.0, 0.0, 0.0], [3.0, 0.0, 2.0, 0.0]);
         let logits = [first, first, second, second, second, second].concat();
-        let routing = forward(logits, None, 2, 4, Capacity::Factor { factor: 0.1, min: 4 });
+        let machine = &mut Machine::new(crate::cpu::Compute::default());
+        let routing = forward(machine, logits, None, (2, 4), Capacity::Factor { factor: 0.1, min: 4 });
         assert_eq!(routing.chosen[..2], [1, 0]);
         assert_eq!(routing.kept[routing.of_expert(0)], [4, 6, 8, 10]);
         assert_eq!((routing.position[1], routing.position[3], routing.n_dropped()), (DROPPED, DROPPED, 2));

@@ -4,7 +4,7 @@
 use param_model::{Activation, Config};
 use rand::RngExt;
 
-use super::{Capacity, GradientScale, Mode, Model, NoiseSource, Sequences};
+use super::{Capacity, Compute, GradientScale, Mode, Model, NoiseSource, Sequences};
 use crate::data::IGNORED;
 use crate::init::initialise;
 use crate::random::{Key, stream};
@@ -39,7 +39,7 @@ fn perturbed(config: &Config) -> Vec<Vec<f32>> {
 /// Bound: 1% of the slope, what a central difference of an f32 loss of about 4 (rounded to 3e-7) leaves over a change of
 /// 1e-3, plus the curvature.
 fn check(config: &Config, mode: Mode, n_col: usize, padded: bool) {
-    let mut model = Model::new(config);
+    let mut model = Model::new(config, Compute::default());
     let params = perturbed(config);
     let mut rng = stream(13, 0);
     let mut token = || rng.random_range(0..config.n_vocab as u32);
@@ -120,15 +120,12 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
     let targets = ids.iter().map(|&id| (id as i32 + 1) % 50).collect::<Vec<_>>();
     let mode = Mode { dropout: Some(KEY), capacity: Capacity::Unlimited, noise: NoiseSource::Drawn(KEY) };
     let run = |n_thread: usize| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(n_thread).build().unwrap();
-        pool.install(|| {
-            let mut model = Model::new(&config);
-            let mut grads = model.zeros();
-            let sequences = Sequences { ids: &ids, n_col: 60, mask: None };
-            let scale = GradientScale { n_target: 120, n_batch: 1 };
-            let losses = model.loss_and_gradients(&params, &mut grads, sequences, &targets, mode, scale);
-            (losses.total(&config), grads)
-        })
+        let mut model = Model::new(&config, Compute { n_thread, ..Compute::default() });
+        let mut grads = model.zeros();
+        let sequences = Sequences { ids: &ids, n_col: 60, mask: None };
+        let scale = GradientScale { n_target: 120, n_batch: 1 };
+        let losses = model.loss_and_gradients(&params, &mut grads, sequences, &targets, mode, scale);
+        (losses.total(&config), grads)
     };
     let one = run(1);
     for n_thread in [2, 4] {

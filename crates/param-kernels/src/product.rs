@@ -1,0 +1,654 @@
+//! Products of matrices that change from call to call, as training multiplies them: both factors in f32 or bf16, transposed or not,
+//! rows gathered or not. The right factor is packed into tiles strip by strip, and the tiles' own kernels do the rest.
+
+use std::ops::Range;
+
+use crate::Kernels;
+use crate::isa::{Isa, LANES};
+use crate::tiles::{TILE_ROWS, to_bf16};
+
+/// What the factors of a product are stored in; sums are f32 always.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// One element to a word of 32 bits.
+    F32,
+    /// Two elements to a word, the first in its low half.
+    Bf16,
+}
+
+impl Precision {
+    /// Elements to a word.
+    pub const fn per_word(self) -> usize {
+        match self {
+            Precision::F32 => 1,
+            Precision::Bf16 => 2,
+        }
+    }
+
+    /// Words of a row of `n` elements; what is left of the last one is zero.
+    pub const fn words(self, n: usize) -> usize {
+        n.div_ceil(self.per_word())
+    }
+
+    /// Writes `x` [n] as words [words(n)].
+    pub fn store(self, kernels: &Kernels, x: &[f32], words: &mut [u32]) {
+        match self {
+            Precision::F32 => words.copy_from_slice(bytemuck::cast_slice(x)),
+            Precision::Bf16 => kernels.pair_row(x, words),
+        }
+    }
+
+    /// Reads `x` [n] from words [words(n)].
+    pub fn load(self, kernels: &Kernels, words: &[u32], x: &mut [f32]) {
+        match self {
+            Precision::F32 => x.copy_from_slice(bytemuck::cast_slice(words)),
+            Precision::Bf16 => kernels.unpair_row(words, x),
+        }
+    }
+}
+
+/// A read-only matrix [n_row, n_col], each of its rows contiguous.
+#[derive(Clone, Copy, Debug)]
+pub struct Matrix<'a> {
+    words: &'a [u32],
+    /// Words from one row to the next.
+    stride: usize,
+    n_row: usize,
+    n_col: usize,
+    precision: Precision,
+    /// Where the rows are, if not one after another: [n_row].
+    index: Option<&'a [u32]>,
+}
+
+impl<'a> Matrix<'a> {
+    /// A matrix of f32 that fills `data`.
+    pub fn f32(data: &'a [f32], n_row: usize, n_col: usize) -> Self {
+        Self::new(Precision::F32, bytemuck::cast_slice(data), n_row, n_col)
+    }
+
+    /// A matrix that fills `words` [n_row, precision.words(n_col)].
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn new(precision: Precision, words: &'a [u32], n_row: usize, n_col: usize) -> Self {
+        let stride = precision.words(n_col);
+        assert_eq!(words.len(), n_row * stride, "a {n_row} x {n_col} matrix");
+        Self { words, stride, n_row, n_col, precision, index: None }
+    }
+
+    /// Some of its rows.
+    pub fn rows(self, rows: Range<usize>) -> Self {
+        assert!(rows.start <= rows.end && rows.end <= self.n_row, "rows {rows:?} of {}", self.n_row);
+        match self.index {
+            Some(index) => Self { n_row: rows.len(), index: Some(&index[rows]), ..self },
+            None => Self { n_row: rows.len(), words: &self.words[self.words.len().min(rows.start * self.stride)..], ..self },
+        }
+    }
+
+    /// Some of its columns; in bf16 the first must be even.
+    pub fn cols(self, cols: Range<usize>) -> Self {
+        assert!(cols.start <= cols.end && cols.end <= self.n_col, "columns {cols:?} of {}", self.n_col);
+        assert!(cols.start.is_multiple_of(self.precision.per_word()), "column {} lies within a word", cols.start);
+        let first = self.words.len().min(cols.start / self.precision.per_word());
+        Self { words: &self.words[first..], n_col: cols.len(), ..self }
+    }
+
+    /// Its rows at `index`, in that order.
+    pub fn gathered(self, index: &'a [u32]) -> Self {
+        assert!(self.index.is_none(), "rows are gathered once");
+        assert!(index.iter().all(|&i| (i as usize) < self.n_row), "a row beyond {}", self.n_row);
+        Self { n_row: index.len(), index: Some(index), ..self }
+    }
+
+    /// As a factor.
+    pub fn factor(self) -> Factor<'a> {
+        Factor { matrix: self, transposed: false }
+    }
+
+    /// Its transpose as a factor.
+    pub fn t(self) -> Factor<'a> {
+        Factor { matrix: self, transposed: true }
+    }
+
+    /// Row `i` from its start to the end of all words.
+    #[inline(always)]
+    fn tail(&self, i: usize) -> &'a [u32] {
+        let row = match self.index {
+            Some(index) => index[i] as usize,
+            None => i,
+        };
+        &self.words[row * self.stride..]
+    }
+
+    /// Row `i`, words `words` of it.
+    #[inline(always)]
+    fn row(&self, i: usize, words: Range<usize>) -> &'a [u32] {
+        &self.tail(i)[words]
+    }
+
+    /// Element (i, j) as bits of f32, zero beyond its edges.
+    #[inline(always)]
+    fn get(&self, i: usize, j: usize) -> u32 {
+        if i >= self.n_row || j >= self.n_col {
+            return 0;
+        }
+        match self.precision {
+            Precision::F32 => self.tail(i)[j],
+            Precision::Bf16 => self.tail(i)[j / 2] >> (16 * (j % 2)) << 16,
+        }
+    }
+}
+
+/// A matrix or its transpose.
+#[derive(Clone, Copy, Debug)]
+pub struct Factor<'a> {
+    matrix: Matrix<'a>,
+    transposed: bool,
+}
+
+impl Factor<'_> {
+    fn shape(&self) -> (usize, usize) {
+        let Matrix { n_row, n_col, .. } = self.matrix;
+        if self.transposed { (n_col, n_row) } else { (n_row, n_col) }
+    }
+}
+
+/// A block of words: [depth, lane] or [lane, depth].
+type Block = [[u32; LANES]; LANES];
+
+/// Which index of a matrix the lanes of a block run along.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// Lanes are rows, a word's elements neighbours in a row.
+    Row,
+    /// Lanes are columns, a word's elements neighbours in a column.
+    Col,
+}
+
+/// Interleaved halves: `a0 b0 a1 b1 ...`.
+#[inline(always)]
+fn interleave(a: &[u32; LANES], b: &[u32; LANES]) -> [[u32; LANES]; 2] {
+    let mut y = [[0; LANES]; 2];
+    for half in 0..2 {
+        for i in 0..LANES / 2 {
+            y[half][2 * i] = a[half * LANES / 2 + i];
+            y[half][2 * i + 1] = b[half * LANES / 2 + i];
+        }
+    }
+    y
+}
+
+/// Four perfect shuffles of the rows are a transposition.
+#[inline(always)]
+fn transpose(mut x: Block) -> Block {
+    for _ in 0..LANES.ilog2() {
+        let mut y = x;
+        for i in 0..LANES / 2 {
+            [y[2 * i], y[2 * i + 1]] = interleave(&x[i], &x[i + LANES / 2]);
+        }
+        x = y;
+    }
+    x
+}
+
+#[inline(always)]
+fn pair(low: u32, high: u32) -> u32 {
+    to_bf16(f32::from_bits(low)) | to_bf16(f32::from_bits(high)) << 16
+}
+
+/// 16 words from word `w` on of row `i`, where there are as many.
+#[inline(always)]
+fn along(m: &Matrix<'_>, to: Precision, i: usize, w: usize) -> [u32; LANES] {
+    let mut y = [0; LANES];
+    match (m.precision, to) {
+        (Precision::F32, Precision::Bf16) => {
+            let x = m.row(i, 2 * w..2 * (w + LANES));
+            for lane in 0..LANES {
+                y[lane] = pair(x[2 * lane], x[2 * lane + 1]);
+            }
+        }
+        _ => y.copy_from_slice(m.row(i, w..w + LANES)),
+    }
+    y
+}
+
+/// Word `w` down each of 16 columns from column `j` on, where there are as many.
+#[inline(always)]
+fn down(m: &Matrix<'_>, to: Precision, w: usize, j: usize) -> [u32; LANES] {
+    let mut y = [0; LANES];
+    match (m.precision, to) {
+        (Precision::F32, Precision::F32) => y.copy_from_slice(m.row(w, j..j + LANES)),
+        (Precision::F32, Precision::Bf16) => {
+            let (a, b) = (m.row(2 * w, j..j + LANES), m.row(2 * w + 1, j..j + LANES));
+            for lane in 0..LANES {
+                y[lane] = pair(a[lane], b[lane]);
+            }
+        }
+        (Precision::Bf16, _) => {
+            let (a, b) = (m.row(2 * w, j / 2..j / 2 + LANES / 2), m.row(2 * w + 1, j / 2..j / 2 + LANES / 2));
+            for i in 0..LANES / 2 {
+                y[2 * i] = a[i] & 0xffff | b[i] << 16;
+                y[2 * i + 1] = a[i] >> 16 | b[i] & 0xffff_0000;
+            }
+        }
+    }
+    y
+}
+
+/// Copies 16 lanes from lane `first_lane` on, words `words` of their depth, into `out`: by words, [n_word, 16], or by lanes, each
+/// `stride` apart. What lies beyond the matrix is zero.
+#[inline(always)]
+pub(crate) fn pack<I: Isa>(
+    m: &Matrix<'_>,
+    lane: Lane,
+    to: Precision,
+    first_lane: usize,
+    words: Range<usize>,
+    by_lane: Option<usize>,
+    out: &mut [u32],
+) {
+    assert!(m.precision == Precision::F32 || to == Precision::Bf16, "bf16 is not widened");
+    let (n_lane, depth) = if lane == Lane::Row { (m.n_row, m.n_col) } else { (m.n_col, m.n_row) };
+    let whole_words = depth / to.per_word();
+    for first in words.clone().step_by(LANES) {
+        let n = LANES.min(words.end - first);
+        let at = first - words.start;
+        if first_lane + LANES <= n_lane && first + LANES <= whole_words && n == LANES {
+            let mut block = [[0; LANES]; LANES];
+            for i in 0..LANES {
+                block[i] = match lane {
+                    Lane::Row => along(m, to, first_lane + i, first),
+                    Lane::Col => down(m, to, first + i, first_lane),
+                };
+            }
+            if (lane == Lane::Row) != by_lane.is_some() {
+                block = transpose(block);
+            }
+            match by_lane {
+                None => out[at * LANES..(at + LANES) * LANES].copy_from_slice(block.as_flattened()),
+                Some(stride) => {
+                    for (i, row) in block.iter().enumerate() {
+                        out[i * stride + at..][..LANES].copy_from_slice(row);
+                    }
+                }
+            }
+            continue;
+        }
+        for word in 0..n {
+            for i in 0..LANES {
+                let element = |d: usize| match lane {
+                    Lane::Row => m.get(first_lane + i, d),
+                    Lane::Col => m.get(d, first_lane + i),
+                };
+                let depth = first + word;
+                let value = match to {
+                    Precision::F32 => element(depth),
+                    Precision::Bf16 => pair(element(2 * depth), element(2 * depth + 1)),
+                };
+                match by_lane {
+                    None => out[(at + word) * LANES + i] = value,
+                    Some(stride) => out[i * stride + at + word] = value,
+                }
+            }
+        }
+    }
+}
+
+/// See [`Kernels::unpair_row`].
+#[inline(always)]
+pub(crate) fn unpair_row<I: Isa>(words: &[u32], x: &mut [f32]) {
+    assert_eq!(words.len(), x.len().div_ceil(2));
+    let (pairs, last) = x.as_chunks_mut::<2>();
+    for (pair, word) in pairs.iter_mut().zip(words) {
+        *pair = [f32::from_bits(word << 16), f32::from_bits(word & 0xffff_0000)];
+    }
+    if let ([x], Some(word)) = (last, words.last()) {
+        *x = f32::from_bits(word << 16);
+    }
+}
+
+/// See [`Kernels::add_column_sums`].
+#[inline(always)]
+pub(crate) fn add_column_sums<I: Isa>(m: &Matrix<'_>, sums: &mut [f32]) {
+    assert_eq!(m.n_col, sums.len());
+    let n_word = m.precision.words(m.n_col);
+    for i in 0..m.n_row {
+        let words = m.row(i, 0..n_word);
+        match m.precision {
+            Precision::F32 => {
+                for j in 0..n_word {
+                    sums[j] += f32::from_bits(words[j]);
+                }
+            }
+            Precision::Bf16 => {
+                let (pairs, last) = sums.as_chunks_mut::<2>();
+                for (pair, word) in pairs.iter_mut().zip(words) {
+                    pair[0] += f32::from_bits(word << 16);
+                    pair[1] += f32::from_bits(word & 0xffff_0000);
+                }
+                if let ([last], Some(word)) = (last, words.last()) {
+                    *last += f32::from_bits(word << 16);
+                }
+            }
+        }
+    }
+}
+
+/// Rows of the left factor that pass over packed tiles together.
+const ROWS: usize = 32;
+/// Words of packed tiles that stay in the second-level cache.
+const PACKED: usize = 96 << 10;
+
+/// What one thread needs to multiply; grows to what was needed most.
+#[derive(Default)]
+pub struct Workspace {
+    tiles: Vec<u32>,    // [n_tile, n_word, 16]
+    rows: Vec<u32>,     // [ROWS, n_word]
+    products: Vec<f32>, // [ROWS, n_tile * 16]
+    totals: Vec<f32>,   // [n_row, n_col] of a part of a product
+}
+
+/// The first `n` elements of `buffer` from a cache line's start on.
+fn aligned<T: Clone + Default>(buffer: &mut Vec<T>, n: usize) -> &mut [T] {
+    const LINE: usize = 64;
+    let needed = n + LINE / size_of::<T>();
+    if buffer.len() < needed {
+        buffer.resize(needed, T::default());
+    }
+    let start = buffer.as_ptr().align_offset(LINE);
+    &mut buffer[start..start + n]
+}
+
+/// A product `left right`, [m, depth] by [depth, n].
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a> {
+    left: Factor<'a>,
+    right: Factor<'a>,
+    precision: Precision,
+}
+
+impl<'a> Product<'a> {
+    /// The product of two factors rounded to `precision`.
+    ///
+    /// # Panics
+    /// If their inner dimensions differ.
+    pub fn new(precision: Precision, left: Factor<'a>, right: Factor<'a>) -> Self {
+        assert_eq!(left.shape().1, right.shape().0, "inner dimensions of a product");
+        Self { left, right, precision }
+    }
+
+    /// Multiplications and additions.
+    pub fn n_operation(&self) -> f64 {
+        let ((m, depth), (_, n)) = (self.left.shape(), self.right.shape());
+        2.0 * m as f64 * depth as f64 * n as f64
+    }
+
+    /// Columns of a strip, of which a part [`Product::step`] deep stays in cache when packed.
+    pub const STRIP: usize = 128;
+    /// The same where sums go where they add up, [`Product::SHORT_STEP`] at a time.
+    pub const WIDE_STRIP: usize = 384;
+
+    /// How much of the depth to sum at a time.
+    fn step(precision: Precision) -> usize {
+        PACKED / Self::STRIP * precision.per_word()
+    }
+
+    /// The same for wide strips.
+    pub fn short_step(precision: Precision) -> usize {
+        PACKED / Self::WIDE_STRIP * precision.per_word()
+    }
+
+    /// Computes `rows` by `cols` of the product, at best [`Product::STRIP`] columns, and gives each row's part to
+    /// `write(row, sums [cols.len()])`. A sum does not depend on the rows and columns it is computed with.
+    ///
+    /// # Panics
+    /// If `rows` or `cols` lie outside or begin at odd numbers.
+    pub fn compute(
+        &self,
+        kernels: &Kernels,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        workspace: &mut Workspace,
+        mut write: impl FnMut(usize, &mut [f32]),
+    ) {
+        let (depth, step) = (self.left.shape().1, Self::step(self.precision));
+        if depth <= step {
+            self.compute_steps(kernels, rows, cols, step, workspace, |row, _, sums| write(row, sums));
+            return;
+        }
+        let n_col = cols.len();
+        let mut totals = std::mem::take(&mut workspace.totals);
+        let parts = aligned(&mut totals, rows.len() * n_col);
+        self.compute_steps(kernels, rows.clone(), cols, step, workspace, |row, is_first, sums| {
+            let total = &mut parts[(row - rows.start) * n_col..][..n_col];
+            match is_first {
+                true => total.copy_from_slice(sums),
+                false => kernels.axpy(1.0, sums, total),
+            }
+        });
+        for (row, total) in rows.zip(parts.chunks_exact_mut(n_col.max(1))) {
+            write(row, total);
+        }
+        workspace.totals = totals;
+    }
+
+    /// Like [`Product::compute`], but gives `write(row, is_first, sums)` what `step` of the depth adds up to, as often as there are
+    /// steps. Without depth every row is given zeros once.
+    ///
+    /// # Panics
+    /// If `rows` or `cols` lie outside or begin at odd numbers, or `step` is odd or 0.
+    pub fn compute_steps(
+        &self,
+        kernels: &Kernels,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        step: usize,
+        workspace: &mut Workspace,
+        mut write: impl FnMut(usize, bool, &mut [f32]),
+    ) {
+        let ((m, depth), (_, n)) = (self.left.shape(), self.right.shape());
+        assert!(rows.end <= m && cols.end <= n && step > 0 && step.is_multiple_of(2));
+        assert!(rows.start.is_multiple_of(2) && cols.start.is_multiple_of(2), "a part that begins within a word");
+        let n_tile = cols.len().div_ceil(TILE_ROWS);
+        let width = n_tile * TILE_ROWS;
+        let to = self.precision;
+        for first in (0..depth.max(1)).step_by(step) {
+            let words = first / to.per_word()..to.words(depth.min(first.saturating_add(step)));
+            let n_word = words.len();
+            let tiles = aligned(&mut workspace.tiles, n_tile * n_word * TILE_ROWS);
+            let lane = if self.right.transposed { Lane::Row } else { Lane::Col };
+            for (i, tile) in tiles.chunks_exact_mut((n_word * TILE_ROWS).max(1)).enumerate() {
+                kernels.pack(&self.right.matrix, lane, to, cols.start + i * TILE_ROWS, words.clone(), None, tile);
+            }
+            for block in rows.clone().step_by(ROWS) {
+                let n_row = ROWS.min(rows.end - block);
+                let products = aligned(&mut workspace.products, n_row * width);
+                if depth == 0 {
+                    products.fill(0.0);
+                } else {
+                    self.block(kernels, block..block + n_row, words.clone(), tiles, n_tile, &mut workspace.rows, products);
+                }
+                for (i, products) in products.chunks_exact_mut(width.max(1)).enumerate() {
+                    write(block + i, first == 0, &mut products[..cols.len()]);
+                }
+            }
+        }
+    }
+
+    /// Up to [`ROWS`] rows by packed tiles.
+    fn block(
+        &self,
+        kernels: &Kernels,
+        rows: Range<usize>,
+        words: Range<usize>,
+        tiles: &[u32],
+        n_tile: usize,
+        packed: &mut Vec<u32>,
+        products: &mut [f32],
+    ) {
+        let (left, to, n_word) = (&self.left.matrix, self.precision, words.len());
+        let mut x: [&[u32]; ROWS] = [&[]; ROWS];
+        // Rows that end within a word could bring along what lies behind them.
+        let is_whole = words.end * to.per_word() <= left.n_col || left.stride == to.words(left.n_col);
+        if !self.left.transposed && left.precision == to && is_whole {
+            for (x, row) in x.iter_mut().zip(rows.clone()) {
+                *x = left.row(row, words.clone());
+            }
+        } else {
+            let lane = if self.left.transposed { Lane::Col } else { Lane::Row };
+            let n_lane = rows.len().next_multiple_of(LANES);
+            let packed = aligned(packed, n_lane * n_word);
+            for (i, packed) in packed.chunks_exact_mut(LANES * n_word).enumerate() {
+                kernels.pack(left, lane, to, rows.start + i * LANES, words.clone(), Some(n_word), packed);
+            }
+            for (x, row) in x.iter_mut().zip(packed.chunks_exact(n_word).take(rows.len())) {
+                *x = row;
+            }
+        }
+        let tiles = bytemuck::cast_slice(tiles);
+        match to {
+            Precision::Bf16 => kernels.matmul_bf16(tiles, n_tile, &x[..rows.len()], products),
+            Precision::F32 => {
+                let mut floats: [&[f32]; ROWS] = [&[]; ROWS];
+                for (floats, x) in floats.iter_mut().zip(x) {
+                    *floats = bytemuck::cast_slice(x);
+                }
+                kernels.matmul_f32(tiles, n_tile, &floats[..rows.len()], products);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::bf16;
+    use proptest::prelude::*;
+    use rand::{RngExt, SeedableRng};
+    use rand_chacha::ChaCha8Rng;
+
+    /// A stored matrix of `n_row` rows among others, with columns before and behind.
+    struct Stored {
+        precision: Precision,
+        words: Vec<u32>,
+        shape: (usize, usize),
+        index: Option<Vec<u32>>,
+        margin: usize,
+    }
+
+    impl Stored {
+        fn random(precision: Precision, shape: (usize, usize), gathered: bool, margin: usize, rng: &mut ChaCha8Rng) -> Self {
+            let (n_row, n_col) = (shape.0 + 2, shape.1 + 2 * margin);
+            let kernels = Kernels::supported()[0];
+            let mut words = vec![0; n_row * precision.words(n_col)];
+            for row in words.chunks_exact_mut(precision.words(n_col).max(1)) {
+                let x: Vec<f32> = (0..n_col).map(|_| rng.random_range(-1.0..1.0)).collect();
+                precision.store(kernels, &x, row);
+            }
+            let index = gathered.then(|| (0..shape.0).map(|_| rng.random_range(0..n_row as u32)).collect());
+            Stored { precision, words, shape, index, margin }
+        }
+
+        fn matrix(&self) -> Matrix<'_> {
+            let whole = Matrix::new(self.precision, &self.words, self.shape.0 + 2, self.shape.1 + 2 * self.margin);
+            let rows = match &self.index {
+                Some(index) => whole.gathered(index),
+                None => whole.rows(1..1 + self.shape.0),
+            };
+            if self.margin == 0 { rows } else { rows.cols(self.margin..self.margin + self.shape.1) }
+        }
+
+        /// Element as the product reads it.
+        fn get(&self, i: usize, j: usize, to: Precision) -> f64 {
+            let x = f32::from_bits(self.matrix().get(i, j));
+            f64::from(if to == Precision::Bf16 { bf16::from_f32(x).to_f32() } else { x })
+        }
+    }
+
+    fn precision() -> impl Strategy<Value = Precision> {
+        prop::sample::select(&[Precision::F32, Precision::Bf16][..])
+    }
+
+    proptest! {
+        /// Error bound: products are exact in f64; each of the depth's additions in f32 rounds once, 2^-24 of the sum of magnitudes.
+        #[test]
+        fn every_isa_multiplies_every_layout(
+            to in precision(), stored in [any::<bool>(), any::<bool>()], transposed in any::<[bool; 2]>(), gathered in any::<[bool; 2]>(),
+            whole: bool, margin in prop::sample::select(&[0usize, 2][..]), (m, depth, n) in (1usize..70, 0usize..80, 1usize..70),
+            (skip_rows, skip_cols) in (0usize..10, 0usize..10), step in prop::sample::select(&[2usize, 16, 34, usize::MAX - 1][..]), seed: u64,
+        ) {
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            let stored = stored.map(|narrow| if narrow && to == Precision::Bf16 { Precision::Bf16 } else { Precision::F32 });
+            let mut factor = |i: usize, (rows, cols): (usize, usize)| {
+                let shape = if transposed[i] { (cols, rows) } else { (rows, cols) };
+                Stored::random(stored[i], shape, gathered[i], margin, &mut rng)
+            };
+            let (left, right) = (factor(0, (m, depth)), factor(1, (depth, n)));
+            let product = Product::new(
+                to,
+                Factor { matrix: left.matrix(), transposed: transposed[0] },
+                Factor { matrix: right.matrix(), transposed: transposed[1] },
+            );
+            let rows = (skip_rows & !1).min(m - 1) & !1..m;
+            let cols = (skip_cols & !1).min(n - 1) & !1..n;
+            let mut workspace = Workspace::default();
+            for k in Kernels::supported() {
+                let mut sums = vec![f32::NAN; m * n];
+                let mut write = |row: usize, is_first: bool, part: &mut [f32]| {
+                    let out = &mut sums[row * n + cols.start..row * n + cols.end];
+                    for (out, part) in out.iter_mut().zip(part) {
+                        *out = if is_first { *part } else { *out + *part };
+                    }
+                };
+                if whole {
+                    product.compute(k, rows.clone(), cols.clone(), &mut workspace, |row, part| write(row, true, part));
+                } else {
+                    product.compute_steps(k, rows.clone(), cols.clone(), step, &mut workspace, &mut write);
+                }
+                let at = |x: &Stored, i: usize, a: usize, b: usize| if transposed[i] { x.get(b, a, to) } else { x.get(a, b, to) };
+                for i in 0..m {
+                    for j in 0..n {
+                        let got = sums[i * n + j];
+                        if !rows.contains(&i) || !cols.contains(&j) {
+                            prop_assert!(got.is_nan());
+                            continue;
+                        }
+                        let products = (0..depth).map(|d| at(&left, 0, i, d) * at(&right, 1, d, j));
+                        let (sum, size) = products.fold((0.0, 0.0), |(s, t), p| (s + p, t + p.abs()));
+                        let bound = (depth + 2) as f64 * 2f64.powi(-24) * size;
+                        prop_assert!((f64::from(got) - sum).abs() <= bound, "{}: {got} for {sum} at {i}, {j}", k.isa());
+                    }
+                }
+            }
+        }
+
+        /// Error bound: one rounding per row, 2^-24 of the sum of magnitudes.
+        #[test]
+        fn every_isa_adds_up_columns(precision in precision(), gathered: bool, (n_row, n_col) in (0usize..40, 1usize..70), seed: u64) {
+            let stored = Stored::random(precision, (n_row, n_col), gathered, 0, &mut ChaCha8Rng::seed_from_u64(seed));
+            for k in Kernels::supported() {
+                let mut sums = vec![1.0; n_col];
+                k.add_column_sums(&stored.matrix(), &mut sums);
+                for (j, got) in sums.iter().enumerate() {
+                    let column = (0..n_row).map(|i| stored.get(i, j, Precision::F32));
+                    let (want, size) = column.fold((1.0, 1.0), |(s, t), x| (s + x, t + x.abs()));
+                    prop_assert!((f64::from(*got) - want).abs() <= (n_row + 1) as f64 * 2f64.powi(-24) * size, "{}: {got} for {want}", k.isa());
+                }
+            }
+        }
+
+        #[test]
+        fn what_is_stored_is_loaded(x in prop::collection::vec(-9.0f32..9.0, 0..50), precision in precision()) {
+            for k in Kernels::supported() {
+                let mut words = vec![0; precision.words(x.len())];
+                precision.store(k, &x, &mut words);
+                let mut y = vec![0.0; x.len()];
+                precision.load(k, &words, &mut y);
+                for (&x, &y) in x.iter().zip(&y) {
+                    let want = if precision == Precision::Bf16 { bf16::from_f32(x).to_f32() } else { x };
+                    prop_assert_eq!(y, want);
+                }
+            }
+        }
+    }
+}
