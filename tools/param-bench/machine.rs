@@ -1,19 +1,16 @@
 //! What the machine can do at best: reading memory, and multiplying and adding with all operands in registers.
 
 use std::hint::black_box;
-use std::sync::Mutex;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
 use memmap2::MmapMut;
-use param_kernels::{Kernels, Team};
+use param_kernels::{Arithmetic, Kernels, Team, arithmetic_peak};
 
 /// Larger than any cache, so that reading it is reading memory.
 const BUFFER: usize = 512 << 20;
 /// Pieces that each thread reads at once.
 const PIECES: usize = 16;
-/// Steps of a probe of arithmetic: some hundredths of a second.
-const STEPS: usize = 3_000_000;
 
 /// Something to measure.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -57,34 +54,23 @@ impl Machine {
 
     /// One measurement, in the probe's unit.
     pub fn measure(&mut self, probe: Probe) -> f64 {
-        let kernels = Kernels::get();
-        let n_thread = self.team.n_thread();
-        let start = Instant::now();
-        let done = match probe {
-            Probe::Read => {
-                let piece = self.buffer.len() / (n_thread * PIECES);
-                let buffer = &self.buffer;
-                self.team.for_each(n_thread * PIECES, |_, i| {
-                    black_box(kernels.probe_read(&buffer[i * piece..(i + 1) * piece]));
-                });
-                (piece * n_thread * PIECES) as f64
-            }
-            Probe::Int8 => self.repeat(|| kernels.probe_int8(STEPS)),
-            Probe::Bf16 => self.repeat(|| kernels.probe_bf16(STEPS)),
-            Probe::F32 => self.repeat(|| kernels.probe_f32(STEPS)),
-        };
-        done / start.elapsed().as_secs_f64() / 1e9
+        match probe {
+            Probe::Read => self.read(),
+            Probe::Int8 => arithmetic_peak(&mut self.team, Arithmetic::Int8) / 1e9,
+            Probe::Bf16 => arithmetic_peak(&mut self.team, Arithmetic::Bf16) / 1e9,
+            Probe::F32 => arithmetic_peak(&mut self.team, Arithmetic::F32) / 1e9,
+        }
     }
 
-    /// Sum of what `f` returns in every thread.
-    fn repeat(&mut self, f: impl Fn() -> f64 + Sync) -> f64 {
-        let sum = Mutex::new(0.0);
-        self.team.for_each(self.team.n_thread(), |_, _| {
-            let done = f();
-            if let Ok(mut sum) = sum.lock() {
-                *sum += done;
-            }
+    fn read(&mut self) -> f64 {
+        let kernels = Kernels::get();
+        let n_thread = self.team.n_thread();
+        let piece = self.buffer.len() / (n_thread * PIECES);
+        let buffer = &self.buffer;
+        let start = Instant::now();
+        self.team.for_each(n_thread * PIECES, |_, i| {
+            black_box(kernels.probe_read(&buffer[i * piece..(i + 1) * piece]));
         });
-        sum.into_inner().unwrap_or_default()
+        (piece * n_thread * PIECES) as f64 / start.elapsed().as_secs_f64() / 1e9
     }
 }

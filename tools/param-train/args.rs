@@ -21,7 +21,7 @@ pub struct Flags {
     #[command(flatten)]
     pub task: Task,
     /// Folder of the run
-    #[arg(long, value_name = "DIR", required_unless_present = "eval")]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["eval", "benchmark"])]
     pub out: Option<PathBuf>,
     #[command(flatten)]
     pub data: Data,
@@ -32,6 +32,9 @@ pub struct Flags {
     /// Threads [default: all cores]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+    /// Print where the time of a step goes
+    #[arg(long)]
+    pub profile: bool,
     /// Steps between lines in a log (a terminal has a bar)
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     pub log_every: u64,
@@ -48,6 +51,10 @@ pub struct Task {
     /// Report the loss of --checkpoint on --data and stop
     #[arg(long, requires = "checkpoint", conflicts_with = "resume")]
     pub eval: bool,
+    /// Measure N steps on random tokens, print one JSON object, and stop
+    #[arg(long, value_name = "N", conflicts_with_all = ["resume", "init_only", "eval"],
+        value_parser = clap::value_parser!(u64).range(1..))]
+    pub benchmark: Option<u64>,
     /// Checkpoint to evaluate: a folder or a .safetensors file, config and tokenizer beside it
     #[arg(long, value_name = "PATH", requires = "eval")]
     pub checkpoint: Option<PathBuf>,
@@ -244,6 +251,11 @@ impl Model {
         config.n_ctx = self.context.unwrap_or(config.n_ctx);
         config.dropout = self.dropout.unwrap_or(config.dropout);
         config.checked("the command line").map_err(|e| Usage(e.to_string()).into())
+    }
+
+    /// The preset or the file.
+    pub fn name(&self) -> Option<String> {
+        self.preset.clone().or_else(|| self.config.as_ref().map(|path| path.display().to_string()))
     }
 
     /// Whether any flag describes a model.

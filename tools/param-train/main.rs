@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod benchmark;
 mod corpus;
 mod report;
 
@@ -51,6 +52,9 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     rayon::ThreadPoolBuilder::new().num_threads(flags.n_thread()).build_global().context("starting threads")?;
     let stop = cli::interrupt_flag()?;
     let out = flags.out.as_deref();
+    if let Some(steps) = flags.task.benchmark {
+        return benchmark::run(flags, steps);
+    }
     match (flags.task.checkpoint.as_deref(), out) {
         (Some(checkpoint), _) => evaluate(flags, checkpoint, &stop),
         (None, Some(out)) if flags.task.init_only => initialise_only(flags, out),

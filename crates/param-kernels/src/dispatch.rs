@@ -130,10 +130,10 @@ kernels! {
     /// `sums[j] += sum_i m[i, j]`, in row order.
     add_column_sums = product::add_column_sums(m: &Matrix<'_>, sums: &mut [f32]);
 
-    /// 16 lanes of a matrix for [`crate::Product`]: see there.
+    /// Copies lanes of a matrix (its rows or columns) from lane `first_lane` on, words `words` of their depth, in tiles of 16 lanes
+    /// for [`crate::Product`]: `out` [n_tile, n_word, 16], or by lanes, [n_tile, 16, n_word]. What lies beyond the matrix is zero.
     pack = product::pack(
-        m: &Matrix<'_>, lane: Lane, to: Precision, first_lane: usize, words: Range<usize>, by_lane: Option<usize>,
-        out: &mut [u32],
+        m: &Matrix<'_>, lane: Lane, to: Precision, first_lane: usize, words: Range<usize>, by_lane: bool, out: &mut [u32],
     );
 
     /// One step of AdamW over parameters, gradients and both moments, all [n]; the gradients become zero.

@@ -32,6 +32,23 @@ pub(crate) trait Isa {
         y
     }
 
+    /// The transpose of a block of words: four perfect shuffles of its rows.
+    #[inline(always)]
+    fn transpose(mut x: [[u32; LANES]; LANES]) -> [[u32; LANES]; LANES] {
+        for _ in 0..LANES.ilog2() {
+            let mut y = x;
+            for i in 0..LANES / 2 {
+                for lane in 0..LANES {
+                    let from = if lane % 2 == 0 { x[i] } else { x[i + LANES / 2] };
+                    y[2 * i][lane] = from[lane / 2];
+                    y[2 * i + 1][lane] = from[LANES / 2 + lane / 2];
+                }
+            }
+            x = y;
+        }
+        x
+    }
+
     /// `a * b + c`, fused where that is fast.
     #[inline(always)]
     fn madd(a: f32, b: f32, c: f32) -> f32 {
@@ -105,6 +122,48 @@ mod x86 {
             unsafe { _mm512_storeu_ps(y.as_mut_ptr(), _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast()))) };
             y
         }
+
+        /// In registers: interleaves words, then pairs, then transposes the quarters of registers.
+        #[inline(always)]
+        fn transpose(x: [[u32; LANES]; LANES]) -> [[u32; LANES]; LANES] {
+            let mut y = [[0; LANES]; LANES];
+            // SAFETY: reads and writes 16 rows of 16 words; AVX-512F is enabled wherever Avx512 is named.
+            unsafe {
+                let mut r = [_mm512_setzero_si512(); LANES];
+                for i in 0..LANES {
+                    r[i] = _mm512_loadu_si512(x[i].as_ptr().cast());
+                }
+                let mut t = r;
+                for i in 0..LANES / 2 {
+                    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+                    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+                }
+                for i in 0..LANES / 4 {
+                    let at = 4 * i;
+                    r[at] = _mm512_unpacklo_epi64(t[at], t[at + 2]);
+                    r[at + 1] = _mm512_unpackhi_epi64(t[at], t[at + 2]);
+                    r[at + 2] = _mm512_unpacklo_epi64(t[at + 1], t[at + 3]);
+                    r[at + 3] = _mm512_unpackhi_epi64(t[at + 1], t[at + 3]);
+                }
+                // Register 4 i + j holds, in quarter q, words j of rows 4 i to 4 i + 3 of the columns 4 q + j.
+                for j in 0..4 {
+                    let low = _mm512_shuffle_i32x4::<0x88>(r[j], r[4 + j]);
+                    let high = _mm512_shuffle_i32x4::<0xdd>(r[j], r[4 + j]);
+                    let low2 = _mm512_shuffle_i32x4::<0x88>(r[8 + j], r[12 + j]);
+                    let high2 = _mm512_shuffle_i32x4::<0xdd>(r[8 + j], r[12 + j]);
+                    let columns = [
+                        _mm512_shuffle_i32x4::<0x88>(low, low2),
+                        _mm512_shuffle_i32x4::<0x88>(high, high2),
+                        _mm512_shuffle_i32x4::<0xdd>(low, low2),
+                        _mm512_shuffle_i32x4::<0xdd>(high, high2),
+                    ];
+                    for q in 0..4 {
+                        _mm512_storeu_si512(y[4 * q + j].as_mut_ptr().cast(), columns[q]);
+                    }
+                }
+            }
+            y
+        }
     }
 
     /// AVX-512 F, BW, DQ, VL and VNNI; with `BF16` also BF16.
@@ -119,6 +178,11 @@ mod x86 {
         #[inline(always)]
         fn widen(x: &[f16; LANES]) -> Lanes {
             Avx512::widen(x)
+        }
+
+        #[inline(always)]
+        fn transpose(x: [[u32; LANES]; LANES]) -> [[u32; LANES]; LANES] {
+            Avx512::transpose(x)
         }
     }
 }

@@ -27,6 +27,7 @@ pub use attention::{
 pub use dispatch::Kernels;
 pub use optimizer::AdamWStep;
 pub use prefetch::prefetch;
+pub use probe::{Arithmetic, arithmetic_peak};
 pub use product::{Factor, Lane, Matrix, Precision, Product, Workspace};
 pub use spmd::{Team, Tile, available_threads};
 pub use tiles::{ActivationBlock, Inputs, Operand, TILE_ROWS, TileFormat};

@@ -3,7 +3,42 @@
 
 use crate::isa::Isa;
 use crate::tiles::Registers;
+use crate::{Kernels, Team};
 use std::hint::black_box;
+use std::sync::Mutex;
+use std::time::Instant;
+
+/// A kind of multiply-add.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arithmetic {
+    /// Bytes, summed in 32 bits.
+    Int8,
+    /// bf16, summed in f32.
+    Bf16,
+    /// f32.
+    F32,
+}
+
+/// Multiplications and additions a second that all threads of `team` reach together with operands in registers, measured for some
+/// hundredths of a second.
+pub fn arithmetic_peak(team: &mut Team, kind: Arithmetic) -> f64 {
+    /// Steps of a probe.
+    const N: usize = 3_000_000;
+    let kernels = Kernels::get();
+    let done = Mutex::new(0.0);
+    let start = Instant::now();
+    team.for_each(team.n_thread(), |_, _| {
+        let n = match kind {
+            Arithmetic::Int8 => kernels.probe_int8(N),
+            Arithmetic::Bf16 => kernels.probe_bf16(N),
+            Arithmetic::F32 => kernels.probe_f32(N),
+        };
+        if let Ok(mut done) = done.lock() {
+            *done += n;
+        }
+    });
+    done.into_inner().unwrap_or_default() / start.elapsed().as_secs_f64()
+}
 
 /// Independent sums: enough to hide the latency of two multiply-adds a cycle.
 const CHAINS: usize = 12;

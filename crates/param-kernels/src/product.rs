@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use crate::Kernels;
 use crate::isa::{Isa, LANES};
+use crate::prefetch::line;
 use crate::tiles::{TILE_ROWS, to_bf16};
 
 /// What the factors of a product are stored in; sums are f32 always.
@@ -120,6 +121,15 @@ impl<'a> Matrix<'a> {
         &self.words[row * self.stride..]
     }
 
+    /// `N` words of row `i` from word `first` on. Their number is a constant, so that they are moved by registers.
+    #[inline(always)]
+    fn part<const N: usize>(&self, i: usize, first: usize) -> &'a [u32; N] {
+        match self.tail(i)[first..].first_chunk() {
+            Some(part) => part,
+            None => panic!("{N} words from word {first} of row {i} on"),
+        }
+    }
+
     /// Row `i`, words `words` of it.
     #[inline(always)]
     fn row(&self, i: usize, words: Range<usize>) -> &'a [u32] {
@@ -153,9 +163,6 @@ impl Factor<'_> {
     }
 }
 
-/// A block of words: [depth, lane] or [lane, depth].
-type Block = [[u32; LANES]; LANES];
-
 /// Which index of a matrix the lanes of a block run along.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Lane {
@@ -163,32 +170,6 @@ pub enum Lane {
     Row,
     /// Lanes are columns, a word's elements neighbours in a column.
     Col,
-}
-
-/// Interleaved halves: `a0 b0 a1 b1 ...`.
-#[inline(always)]
-fn interleave(a: &[u32; LANES], b: &[u32; LANES]) -> [[u32; LANES]; 2] {
-    let mut y = [[0; LANES]; 2];
-    for half in 0..2 {
-        for i in 0..LANES / 2 {
-            y[half][2 * i] = a[half * LANES / 2 + i];
-            y[half][2 * i + 1] = b[half * LANES / 2 + i];
-        }
-    }
-    y
-}
-
-/// Four perfect shuffles of the rows are a transposition.
-#[inline(always)]
-fn transpose(mut x: Block) -> Block {
-    for _ in 0..LANES.ilog2() {
-        let mut y = x;
-        for i in 0..LANES / 2 {
-            [y[2 * i], y[2 * i + 1]] = interleave(&x[i], &x[i + LANES / 2]);
-        }
-        x = y;
-    }
-    x
 }
 
 #[inline(always)]
@@ -199,15 +180,13 @@ fn pair(low: u32, high: u32) -> u32 {
 /// 16 words from word `w` on of row `i`, where there are as many.
 #[inline(always)]
 fn along(m: &Matrix<'_>, to: Precision, i: usize, w: usize) -> [u32; LANES] {
+    if (m.precision, to) != (Precision::F32, Precision::Bf16) {
+        return *m.part(i, w);
+    }
+    let x: &[u32; 2 * LANES] = m.part(i, 2 * w);
     let mut y = [0; LANES];
-    match (m.precision, to) {
-        (Precision::F32, Precision::Bf16) => {
-            let x = m.row(i, 2 * w..2 * (w + LANES));
-            for lane in 0..LANES {
-                y[lane] = pair(x[2 * lane], x[2 * lane + 1]);
-            }
-        }
-        _ => y.copy_from_slice(m.row(i, w..w + LANES)),
+    for lane in 0..LANES {
+        y[lane] = pair(x[2 * lane], x[2 * lane + 1]);
     }
     y
 }
@@ -217,16 +196,17 @@ fn along(m: &Matrix<'_>, to: Precision, i: usize, w: usize) -> [u32; LANES] {
 fn down(m: &Matrix<'_>, to: Precision, w: usize, j: usize) -> [u32; LANES] {
     let mut y = [0; LANES];
     match (m.precision, to) {
-        (Precision::F32, Precision::F32) => y.copy_from_slice(m.row(w, j..j + LANES)),
+        (Precision::F32, Precision::F32) => y = *m.part(w, j),
         (Precision::F32, Precision::Bf16) => {
-            let (a, b) = (m.row(2 * w, j..j + LANES), m.row(2 * w + 1, j..j + LANES));
+            let (a, b): (&[u32; LANES], &[u32; LANES]) = (m.part(2 * w, j), m.part(2 * w + 1, j));
             for lane in 0..LANES {
                 y[lane] = pair(a[lane], b[lane]);
             }
         }
         (Precision::Bf16, _) => {
-            let (a, b) = (m.row(2 * w, j / 2..j / 2 + LANES / 2), m.row(2 * w + 1, j / 2..j / 2 + LANES / 2));
-            for i in 0..LANES / 2 {
+            const HALF: usize = LANES / 2;
+            let (a, b): (&[u32; HALF], &[u32; HALF]) = (m.part(2 * w, j / 2), m.part(2 * w + 1, j / 2));
+            for i in 0..HALF {
                 y[2 * i] = a[i] & 0xffff | b[i] << 16;
                 y[2 * i + 1] = a[i] >> 16 | b[i] & 0xffff_0000;
             }
@@ -235,8 +215,8 @@ fn down(m: &Matrix<'_>, to: Precision, w: usize, j: usize) -> [u32; LANES] {
     y
 }
 
-/// Copies 16 lanes from lane `first_lane` on, words `words` of their depth, into `out`: by words, [n_word, 16], or by lanes, each
-/// `stride` apart. What lies beyond the matrix is zero.
+/// Copies lanes from lane `first_lane` on, words `words` of their depth, in tiles of 16 lanes: `out` [n_tile, n_word, 16], or by
+/// lanes, [n_tile, 16, n_word]. What lies beyond the matrix is zero.
 #[inline(always)]
 pub(crate) fn pack<I: Isa>(
     m: &Matrix<'_>,
@@ -244,52 +224,111 @@ pub(crate) fn pack<I: Isa>(
     to: Precision,
     first_lane: usize,
     words: Range<usize>,
-    by_lane: Option<usize>,
+    by_lane: bool,
     out: &mut [u32],
 ) {
     assert!(m.precision == Precision::F32 || to == Precision::Bf16, "bf16 is not widened");
+    let n_word = words.len();
+    let tile_len = LANES * n_word;
+    let n_tile = out.len() / tile_len.max(1);
     let (n_lane, depth) = if lane == Lane::Row { (m.n_row, m.n_col) } else { (m.n_col, m.n_row) };
+    let whole_tiles = n_tile.min(n_lane.saturating_sub(first_lane) / LANES);
     let whole_words = depth / to.per_word();
     for first in words.clone().step_by(LANES) {
         let n = LANES.min(words.end - first);
         let at = first - words.start;
-        if first_lane + LANES <= n_lane && first + LANES <= whole_words && n == LANES {
-            let mut block = [[0; LANES]; LANES];
-            for i in 0..LANES {
-                block[i] = match lane {
-                    Lane::Row => along(m, to, first_lane + i, first),
-                    Lane::Col => down(m, to, first + i, first_lane),
-                };
-            }
-            if (lane == Lane::Row) != by_lane.is_some() {
-                block = transpose(block);
-            }
-            match by_lane {
-                None => out[at * LANES..(at + LANES) * LANES].copy_from_slice(block.as_flattened()),
-                Some(stride) => {
-                    for (i, row) in block.iter().enumerate() {
-                        out[i * stride + at..][..LANES].copy_from_slice(row);
+        let n_whole = if n == LANES && first + LANES <= whole_words { whole_tiles } else { 0 };
+        if lane == Lane::Col && !by_lane {
+            // Row after row, as they lie in memory.
+            for i in 0..if n_whole > 0 { LANES } else { 0 } {
+                ask(m, to.per_word() * (first + i + LANES), to.per_word(), first_lane, n_whole * LANES);
+                for tile in 0..n_whole {
+                    let words = down(m, to, first + i, first_lane + tile * LANES);
+                    if let Some(to) = out[tile * tile_len + (at + i) * LANES..].first_chunk_mut() {
+                        *to = words;
                     }
                 }
             }
-            continue;
-        }
-        for word in 0..n {
-            for i in 0..LANES {
-                let element = |d: usize| match lane {
-                    Lane::Row => m.get(first_lane + i, d),
-                    Lane::Col => m.get(d, first_lane + i),
-                };
-                let depth = first + word;
-                let value = match to {
-                    Precision::F32 => element(depth),
-                    Precision::Bf16 => pair(element(2 * depth), element(2 * depth + 1)),
-                };
-                match by_lane {
-                    None => out[(at + word) * LANES + i] = value,
-                    Some(stride) => out[i * stride + at + word] = value,
+        } else {
+            for tile in 0..n_whole {
+                let first_lane = first_lane + tile * LANES;
+                let mut block = [[0; LANES]; LANES];
+                for i in 0..LANES {
+                    block[i] = match lane {
+                        Lane::Row => {
+                            ask_further(m, to, first_lane + i, first);
+                            along(m, to, first_lane + i, first)
+                        }
+                        Lane::Col => down(m, to, first + i, first_lane),
+                    };
+                }
+                if (lane == Lane::Row) != by_lane {
+                    block = I::transpose(block);
+                }
+                let (start, stride) = if by_lane { (at, n_word) } else { (at * LANES, LANES) };
+                let out = &mut out[tile * tile_len..(tile + 1) * tile_len];
+                for i in 0..LANES {
+                    if let Some(to) = out[start + i * stride..].first_chunk_mut() {
+                        *to = block[i];
+                    }
                 }
             }
+        }
+        for tile in n_whole..n_tile {
+            let out = &mut out[tile * tile_len..(tile + 1) * tile_len];
+            edge(m, lane, to, first_lane + tile * LANES, first..first + n, at, by_lane, out);
+        }
+    }
+}
+
+/// Asks for `n` columns of a few rows: the processor does not foresee the jump from row to row.
+#[inline(always)]
+fn ask(m: &Matrix<'_>, first_row: usize, n_row: usize, first_col: usize, n: usize) {
+    let per_line = 16 * m.precision.per_word();
+    for row in first_row..(first_row + n_row).min(m.n_row) {
+        let start = m.tail(row)[first_col / m.precision.per_word()..].as_ptr().cast::<u8>();
+        for i in 0..n.div_ceil(per_line) {
+            line(start.wrapping_add(64 * i));
+        }
+    }
+}
+
+/// Asks for what lies some blocks behind word `w` of row `i`: sixteen rows at once are more than the processor follows.
+#[inline(always)]
+fn ask_further(m: &Matrix<'_>, to: Precision, i: usize, w: usize) {
+    const BLOCKS: usize = 4;
+    let words_per_word = to.per_word() / m.precision.per_word();
+    let start = m.tail(i).as_ptr().wrapping_add((w + BLOCKS * LANES) * words_per_word);
+    for part in 0..words_per_word {
+        line(start.wrapping_add(part * LANES).cast());
+    }
+}
+
+/// A block of [`pack`] that reaches beyond the matrix or is not whole: words `words` of 16 lanes, at word `at` of a tile.
+#[inline(never)]
+fn edge(
+    m: &Matrix<'_>,
+    lane: Lane,
+    to: Precision,
+    first_lane: usize,
+    words: Range<usize>,
+    at: usize,
+    by_lane: bool,
+    tile: &mut [u32],
+) {
+    let n_word = tile.len() / LANES;
+    for (word, depth) in words.enumerate() {
+        for i in 0..LANES {
+            let element = |d: usize| match lane {
+                Lane::Row => m.get(first_lane + i, d),
+                Lane::Col => m.get(d, first_lane + i),
+            };
+            let value = match to {
+                Precision::F32 => element(depth),
+                Precision::Bf16 => pair(element(2 * depth), element(2 * depth + 1)),
+            };
+            let place = if by_lane { i * n_word + at + word } else { (at + word) * LANES + i };
+            tile[place] = value;
         }
     }
 }
@@ -457,9 +496,7 @@ impl<'a> Product<'a> {
             let n_word = words.len();
             let tiles = aligned(&mut workspace.tiles, n_tile * n_word * TILE_ROWS);
             let lane = if self.right.transposed { Lane::Row } else { Lane::Col };
-            for (i, tile) in tiles.chunks_exact_mut((n_word * TILE_ROWS).max(1)).enumerate() {
-                kernels.pack(&self.right.matrix, lane, to, cols.start + i * TILE_ROWS, words.clone(), None, tile);
-            }
+            kernels.pack(&self.right.matrix, lane, to, cols.start, words.clone(), false, tiles);
             for block in rows.clone().step_by(ROWS) {
                 let n_row = ROWS.min(rows.end - block);
                 let products = aligned(&mut workspace.products, n_row * width);
@@ -498,9 +535,7 @@ impl<'a> Product<'a> {
             let lane = if self.left.transposed { Lane::Col } else { Lane::Row };
             let n_lane = rows.len().next_multiple_of(LANES);
             let packed = aligned(packed, n_lane * n_word);
-            for (i, packed) in packed.chunks_exact_mut(LANES * n_word).enumerate() {
-                kernels.pack(left, lane, to, rows.start + i * LANES, words.clone(), Some(n_word), packed);
-            }
+            kernels.pack(left, lane, to, rows.start, words.clone(), true, packed);
             for (x, row) in x.iter_mut().zip(packed.chunks_exact(n_word).take(rows.len())) {
                 *x = row;
             }

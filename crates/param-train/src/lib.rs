@@ -1,11 +1,13 @@
 //! Training of PARAM models: data, forward and backward passes, optimizer, schedule, checkpoints and the loop over them.
 #![deny(unsafe_code)]
 
+pub mod benchmark;
 pub mod checkpoint;
 pub mod cpu;
 pub mod data;
 mod error;
 pub mod init;
+mod learner;
 pub mod metrics;
 pub mod optimizer;
 pub mod random;

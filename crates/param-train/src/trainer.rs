@@ -7,13 +7,12 @@ use std::time::Instant;
 use param_model::{Config, Tokenizer};
 
 use crate::checkpoint::{Restored, RunFolder, State};
-use crate::cpu::{GradientScale, Losses, Mode, Model, NoiseSource, Routing, Section, Sequences};
+use crate::cpu::{Mode, Model, Section};
 use crate::data::{Batch, Batches, DataError, Evaluation, Layout, Part, Vocabulary};
 use crate::error::Error;
-use crate::init::initialise;
+use crate::learner::{Learner, sequences};
 use crate::metrics::{EvalRecord, Metrics, SampleRecord, StepRecord};
-use crate::optimizer::{Moments, clip_factor, global_norm};
-use crate::random::{Key, stream};
+use crate::random::stream;
 use crate::sample::sample;
 use crate::settings::{Dropping, Settings};
 
@@ -61,10 +60,7 @@ pub enum Outcome {
 
 /// A run in progress.
 pub struct Trainer {
-    model: Model,
-    params: Vec<Vec<f32>>,
-    grads: Vec<Vec<f32>>,
-    moments: Moments,
+    learner: Learner,
     state: State,
     corpus: Corpus,
     vocabulary: Vocabulary,
@@ -86,11 +82,9 @@ impl Trainer {
     ) -> Result<Self, Error> {
         folder.check_unused()?;
         folder.create()?;
-        let model = Model::new(config, settings.compute(n_thread));
-        let params = initialise(config, settings.seed);
-        let moments = Moments { first: model.zeros(), second: model.zeros() };
+        let learner = Learner::new(config, &settings, n_thread);
         let state = State::new(settings, corpus.digest());
-        Self::start(folder, model, params, moments, state, corpus, None)
+        Self::start(folder, learner, state, corpus, None)
     }
 
     /// Continues the run in `folder` from its newest checkpoint, with `settings` from here on.
@@ -109,22 +103,20 @@ impl Trainer {
         }
         state.settings = settings;
         let saved = Some((state.step, state.is_step_open));
-        let model = Model::new(&config, state.settings.compute(n_thread));
-        Self::start(folder, model, params, moments, state, corpus, saved)
+        let learner = Learner::restored(&config, &state.settings, n_thread, params, moments);
+        Self::start(folder, learner, state, corpus, saved)
     }
 
     fn start(
         folder: RunFolder,
-        model: Model,
-        params: Vec<Vec<f32>>,
-        moments: Moments,
+        learner: Learner,
         state: State,
         corpus: Corpus,
         saved: Option<(u64, bool)>,
     ) -> Result<Self, Error> {
         let settings = &state.settings;
-        settings.check(model.config())?;
-        corpus.tokenizer.check_fits(model.config().n_vocab)?;
+        settings.check(learner.model.config())?;
+        corpus.tokenizer.check_fits(learner.model.config().n_vocab)?;
         let vocabulary = Vocabulary::of(&corpus.tokenizer);
         let batches = Batches::new(
             corpus.train.clone(),
@@ -137,8 +129,7 @@ impl Trainer {
         // A held-out part that is too short should be known before hours of training.
         Evaluation::new(corpus.eval.clone(), &vocabulary, settings.layout, settings.context, settings.batch_size)?;
         let metrics = Metrics::open(folder.path(), state.step)?;
-        let grads = model.zeros();
-        Ok(Self { model, params, grads, moments, state, corpus, vocabulary, batches, folder, metrics, saved })
+        Ok(Self { learner, state, corpus, vocabulary, batches, folder, metrics, saved })
     }
 
     /// Where the run is.
@@ -148,7 +139,7 @@ impl Trainer {
 
     /// The model's hyperparameters.
     pub fn config(&self) -> &Config {
-        self.model.config()
+        self.learner.model.config()
     }
 
     /// Trains until all steps are done or `stop` is set, saving either way.
@@ -201,50 +192,22 @@ impl Trainer {
     /// One optimizer step.
     fn step(&mut self) -> Result<StepRecord, Error> {
         let start = Instant::now();
-        let Self { model, params, grads, moments, state, batches, .. } = self;
-        let settings = &state.settings;
-        let n_batch = settings.accumulation as u64;
+        let Self { learner, state, batches, .. } = self;
+        let n_batch = state.settings.accumulation as u64;
         let first = state.step * n_batch;
-        model.profile().enter(Section::Data);
+        learner.model.profile().enter(Section::Data);
         let step_batches = (first..first + n_batch).map(|i| batches.batch_at(i)).collect::<Result<Vec<_>, _>>()?;
-        let n_target = step_batches.iter().map(Batch::n_target).sum::<usize>();
-        let scale = GradientScale { n_target, n_batch: step_batches.len() };
-        let mut losses = Vec::with_capacity(step_batches.len());
-        for (pass, batch) in (first..).zip(&step_batches) {
-            let key = Key { seed: settings.seed, pass };
-            let noisy = model.config().use_noisy_top_k;
-            let mode = Mode {
-                dropout: Some(key),
-                capacity: settings.dropping.capacity(model.config(), true),
-                noise: if noisy { NoiseSource::Drawn(key) } else { NoiseSource::Off },
-            };
-            let (sequences, targets) = (sequences(batch), &batch.target);
-            losses.push(model.loss_and_gradients(params, grads, sequences, targets, mode, scale));
-        }
-        model.profile().enter(Section::Optimizer);
-        let grad_norm = global_norm(model.table_and_team().1, grads);
-        let total = total_loss(&losses, model.config());
-        if !(total.loss.is_finite() && grad_norm.is_finite()) {
-            return Err(Error::NotFinite { step: state.step + 1, loss: total.loss });
-        }
-        let lr = settings.schedule.at(state.step);
-        let clip = clip_factor(grad_norm, settings.clip);
-        let (table, team) = model.table_and_team();
-        settings.adamw.step(team, table, params, grads, moments, lr, state.step + 1, clip);
-        model.profile().enter(Section::Other);
+        let record = learner.step(&state.settings, state.step, &step_batches)?;
         state.step += 1;
-        state.n_target += n_target as u64;
+        state.n_target += record.n_target;
         let seconds = start.elapsed().as_secs_f64();
         state.seconds += seconds;
         Ok(StepRecord {
-            step: state.step,
-            grad_norm,
-            lr,
-            tokens_per_s: n_target as f64 / seconds,
+            tokens_per_s: record.n_target as f64 / seconds,
             seconds: state.seconds,
             n_target: state.n_target,
             epoch: batches.epochs_before(first + n_batch),
-            ..total
+            ..record
         })
     }
 
@@ -254,18 +217,19 @@ impl Trainer {
         let batches = evaluation(&self.corpus.eval, &self.vocabulary, settings)?;
         let limit = if settings.eval_batches == 0 { usize::MAX } else { settings.eval_batches };
         let (dropping, step) = (settings.dropping, self.state.step);
-        evaluate(&mut self.model, &self.params, batches.take(limit), dropping, step, stop)
+        let Learner { model, params, .. } = &mut self.learner;
+        evaluate(model, params, batches.take(limit), dropping, step, stop)
     }
 
     fn sample(&mut self, observe: &mut dyn FnMut(Event)) -> Result<(), Error> {
-        let Self { state, corpus, .. } = self;
+        let Self { learner: Learner { model, params, .. }, state, corpus, .. } = self;
         let settings = &state.settings;
         let mut ids = corpus.tokenizer.encode_prompt(&settings.sample_prompt)?;
         if ids.is_empty() {
             ids.push(0); // a tokenizer without any mark to start from: some token has to
         }
         let mut rng = stream(settings.seed, FIRST_SAMPLE_STREAM + state.step);
-        let ids = sample(&mut self.model, &self.params, ids, settings.sample_tokens, &mut rng);
+        let ids = sample(model, params, ids, settings.sample_tokens, &mut rng);
         let record = SampleRecord { step: state.step, sample: corpus.tokenizer.decode(&ids) };
         self.metrics.write(&record)?;
         observe(Event::Sampled(&record));
@@ -278,7 +242,7 @@ impl Trainer {
         if self.saved == now {
             return Ok(());
         }
-        let Self { model, params, moments, state, corpus, folder, .. } = self;
+        let Self { learner: Learner { model, params, moments, .. }, state, corpus, folder, .. } = self;
         let path: PathBuf = folder.save(model.config(), &corpus.tokenizer, model.table(), params, moments, state)?;
         self.saved = now;
         observe(Event::Saved(&path));
@@ -334,37 +298,4 @@ fn evaluate(
         n_target,
         seconds: start.elapsed().as_secs_f64(),
     }))
-}
-
-fn sequences(batch: &Batch) -> Sequences<'_> {
-    Sequences { ids: &batch.input, n_col: batch.input.len() / batch.n_row, mask: batch.mask.as_deref() }
-}
-
-/// The loss fields of a step's record over its batches: cross-entropy by target, router losses by batch.
-fn total_loss(losses: &[Losses], config: &Config) -> StepRecord {
-    let mean = |of: fn(&Losses) -> f64| losses.iter().map(of).sum::<f64>() / losses.len() as f64;
-    let n_target = losses.iter().map(|l| l.cross_entropy.n_target).sum::<usize>();
-    let ce = losses.iter().map(|l| l.cross_entropy.sum).sum::<f64>() / n_target as f64;
-    let router_part = losses.iter().map(|l| l.total(config) - l.ce()).sum::<f64>() / losses.len() as f64;
-    let routings = || losses.iter().flat_map(|l| &l.routings);
-    let load = |block: usize| {
-        let of_block = losses.iter().map(|l| &l.routings[block]).collect::<Vec<_>>();
-        let choices = of_block.iter().map(|r| r.chosen.len()).sum::<usize>() as f64;
-        (0..config.n_expert).map(|e| of_block.iter().map(|r| r.load[e]).sum::<usize>() as f64 / choices).collect()
-    };
-    StepRecord {
-        step: 0,
-        loss: ce + router_part,
-        ce,
-        aux: mean(Losses::aux),
-        z: mean(Losses::z),
-        grad_norm: 0.0,
-        lr: 0.0,
-        tokens_per_s: 0.0,
-        seconds: 0.0,
-        n_target: 0,
-        epoch: 0.0,
-        n_dropped: routings().map(Routing::n_dropped).sum(),
-        expert_load: (0..losses[0].routings.len()).map(load).collect(),
-    }
 }

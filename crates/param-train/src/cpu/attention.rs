@@ -6,7 +6,7 @@ use std::ops::Range;
 use param_kernels::{Kernels, Matrix, Precision, Product, Tile, Workspace};
 
 use super::dropout::Dropout;
-use super::machine::Machine;
+use super::machine::{Machine, Scratch};
 use super::values::Values;
 
 /// Queries per tile.
@@ -112,9 +112,10 @@ impl Head<'_> {
 pub fn forward(machine: &mut Machine, inputs: &Inputs, out: &mut Values) {
     let (shape, precision) = (inputs.shape, machine.precision);
     let n_word = out.n_word();
-    each_head(machine, shape, [&mut out.words], n_word, |workspace, row, head, mut tile| {
+    each_head(machine, shape, [&mut out.words], n_word, |scratch, row, head, mut tile| {
         let head = inputs.head(row, head, precision);
-        let mut p = vec![0; TILE.min(shape.n_col) * precision.words(shape.n_col)]; // [n_query, n_key]
+        let n_p = TILE.min(shape.n_col) * precision.words(shape.n_col); // [n_query, n_key]
+        let (workspace, _, [p, _]) = scratch.buffers([0; 3], [n_p, 0]);
         for queries in shape.tiles() {
             let n_word = precision.words(queries.end);
             head.probabilities(queries.clone(), workspace, |i, row| {
@@ -130,18 +131,18 @@ pub fn forward(machine: &mut Machine, inputs: &Inputs, out: &mut Values) {
     });
 }
 
-/// Runs `f(workspace, sequence, head, its part of the outputs)` for every head of every sequence.
+/// Runs `f(scratch, sequence, head, its part of the outputs)` for every head of every sequence.
 fn each_head<const N: usize>(
     machine: &mut Machine,
     shape: Shape,
     outs: [&mut [u32]; N], // [n_row, n_col, n_embd]
     n_word: usize,
-    f: impl Fn(&mut Workspace, usize, usize, Tile<'_, u32, N>) + Sync,
+    f: impl Fn(&mut Scratch, usize, usize, Tile<'_, u32, N>) + Sync,
 ) {
     let width = n_word / shape.n_head;
-    machine.team.for_each_tiles(&mut machine.workspaces, outs, n_word, &shape.starts(), width, |workspace, tile| {
+    machine.team.for_each_tiles(&mut machine.scratch, outs, n_word, &shape.starts(), width, |scratch, tile| {
         let (row, head) = (tile.group(), tile.cols().start / width);
-        f(workspace, row, head, tile);
+        f(scratch, row, head, tile);
     });
 }
 
@@ -151,16 +152,18 @@ pub fn backward(machine: &mut Machine, inputs: &Inputs, out: &Values, dout: &Val
     let Shape { n_col, head_dim, .. } = shape;
     let n_word = out.n_word();
     let outs = dqkv.each_mut().map(|values| &mut values.words[..]);
-    each_head(machine, shape, outs, n_word, |workspace, row, head, mut tile| {
+    each_head(machine, shape, outs, n_word, |scratch, row, head, mut tile| {
         let columns = head * head_dim..(head + 1) * head_dim;
         let dout_head = part(dout, shape, row, head);
         let head = inputs.head(row, head, precision);
         let kernels = head.kernels;
         let scale = 1.0 / (head_dim as f32).sqrt();
         let n_query = TILE.min(n_col);
-        let mut p = vec![0.0; n_query * n_col]; // [n_query, n_key]
-        let [mut weights, mut ds] = [(); 2].map(|()| vec![0; n_query * precision.words(n_col)]); // [n_query, n_key]
-        let [mut dk, mut dv] = [(); 2].map(|()| vec![0.0; n_col * head_dim]);
+        let (n_p, n_word, n_head) = (n_query * n_col, n_query * precision.words(n_col), n_col * head_dim);
+        // Probabilities, gradients of keys and values; what is dropped of the first, and their gradients.
+        let (workspace, [p, dk, dv], [weights, ds]) = scratch.buffers([n_p, n_head, n_head], [n_word; 2]);
+        dk.fill(0.0);
+        dv.fill(0.0);
         let [mut o, mut d] = [(); 2].map(|()| vec![0.0; head_dim]);
         for queries in shape.tiles() {
             let (n_query, n_key) = (queries.len(), queries.end);
@@ -186,7 +189,7 @@ pub fn backward(machine: &mut Machine, inputs: &Inputs, out: &Values, dout: &Val
                 precision.store(kernels, dp, &mut ds[words(i)]);
             });
             let [weights, ds] =
-                [&weights, &ds].map(|words| Matrix::new(precision, &words[..n_query * n_word], n_query, n_key));
+                [&*weights, &*ds].map(|words| Matrix::new(precision, &words[..n_query * n_word], n_query, n_key));
             let to_values = Product::new(precision, weights.t(), dout_tile.factor());
             to_values.compute(kernels, 0..n_key, 0..head_dim, workspace, |key, sums| {
                 kernels.axpy(1.0, sums, &mut dv[key * head_dim..][..head_dim]);

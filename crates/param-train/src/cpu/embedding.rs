@@ -42,7 +42,7 @@ pub fn backward(
     let outs: [(&mut [f32], &(dyn Fn(usize) -> usize + Sync)); 2] = [(dtoken, &row_of), (dposition, &position_of)];
     for (out, row_of) in outs {
         let starts = [0, out.len() / n_embd];
-        machine.team.for_each_tile(&mut machine.workspaces, out, n_embd, &starts, ROWS, |_, mut tile| {
+        machine.team.for_each_tile(&mut machine.scratch, out, n_embd, &starts, ROWS, |_, mut tile| {
             let cols = tile.cols();
             for (i, dx) in dx.chunks_exact(n_embd).enumerate() {
                 kernels.axpy(1.0, &dx[cols.clone()], tile.row_mut(row_of(i)));

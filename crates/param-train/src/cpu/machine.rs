@@ -28,10 +28,33 @@ impl Default for Compute {
 /// The means of a model's passes.
 pub struct Machine {
     pub team: Team,
-    pub workspaces: Vec<Workspace>, // [n_thread]
+    pub scratch: Vec<Scratch>, // [n_thread]
     pub precision: Precision,
     pub buffers: Buffers,
     pub profile: Profile,
+}
+
+/// What one thread computes in.
+#[derive(Default)]
+pub struct Scratch {
+    pub workspace: Workspace,
+    floats: [Vec<f32>; 3],
+    words: [Vec<u32>; 2],
+}
+
+impl Scratch {
+    /// The workspace, and buffers with whatever values their last user left.
+    pub fn buffers(&mut self, n_float: [usize; 3], n_word: [usize; 2]) -> (&mut Workspace, [&mut [f32]; 3], [&mut [u32]; 2]) {
+        fn grown<T: Clone + Default>(buffer: &mut Vec<T>, n: usize) -> &mut [T] {
+            if buffer.len() < n {
+                buffer.resize(n, T::default());
+            }
+            &mut buffer[..n]
+        }
+        let Self { workspace, floats: [a, b, c], words: [d, e] } = self;
+        let floats = [grown(a, n_float[0]), grown(b, n_float[1]), grown(c, n_float[2])];
+        (workspace, floats, [grown(d, n_word[0]), grown(e, n_word[1])])
+    }
 }
 
 /// Rows of a task, at most: what a packed strip is used for before the next one is packed.
@@ -44,9 +67,9 @@ pub const ROWS: usize = 64;
 impl Machine {
     pub fn new(compute: Compute) -> Self {
         let team = Team::new(compute.n_thread);
-        let workspaces = (0..team.n_thread()).map(|_| Workspace::default()).collect();
+        let scratch = (0..team.n_thread()).map(|_| Scratch::default()).collect();
         let precision = compute.precision;
-        Self { team, workspaces, precision, buffers: Buffers::default(), profile: Profile::default() }
+        Self { team, scratch, precision, buffers: Buffers::default(), profile: Profile::default() }
     }
 
     /// Computes a product for each group of rows and hands every part of a row of sums to
@@ -101,11 +124,11 @@ impl Machine {
         let wanted = n_row * n_strip / (TASKS_PER_THREAD * self.team.n_thread());
         let blocks = Blocks::new(starts, wanted.next_multiple_of(32).clamp(ROWS, MOST_ROWS));
         let n_elem = n_col.div_ceil(per_elem);
-        self.team.for_each_tiles(&mut self.workspaces, outs, n_elem, &blocks.starts, strip / per_elem, |workspace, tile| {
+        self.team.for_each_tiles(&mut self.scratch, outs, n_elem, &blocks.starts, strip / per_elem, |scratch, tile| {
             let group = blocks.group[tile.group()];
             let cols = tile.cols().start * per_elem..n_col.min(tile.cols().end * per_elem);
             let rows = tile.rows().start - starts[group]..tile.rows().end - starts[group];
-            f(workspace, group, rows, cols, tile);
+            f(&mut scratch.workspace, group, rows, cols, tile);
         });
     }
 }
