@@ -35,7 +35,7 @@ pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
         "operations_per_token": result.operations_per_token.round(),
         "peak": result.peak.round(),
         "mfu": median * result.operations_per_token / result.peak,
-        "peak_bytes": param::memory::peak(),
+        "peak_bytes": param_train::memory::peak(),
         "loss": result.loss,
     });
     writeln!(stdout(), "{row}")?;

@@ -8,6 +8,7 @@ pub mod data;
 mod error;
 pub mod init;
 mod learner;
+pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod random;

@@ -28,6 +28,11 @@ pub struct Shape {
 }
 
 impl Shape {
+    /// Operations of one product over all heads: each query with the keys it sees.
+    fn n_operation(self) -> f64 {
+        (self.n_row * self.n_head * self.head_dim) as f64 * (self.n_col * (self.n_col + 1)) as f64
+    }
+
     fn tiles(self) -> impl Iterator<Item = Range<usize>> {
         (0..self.n_col).step_by(TILE).map(move |first| first..self.n_col.min(first + TILE))
     }
@@ -110,6 +115,7 @@ impl Head<'_> {
 
 /// Attention's output in `out` [n_row, n_col, n_embd].
 pub fn forward(machine: &mut Machine, inputs: &Inputs, out: &mut Values) {
+    machine.profile.add_operations(2.0 * inputs.shape.n_operation());
     let (shape, precision) = (inputs.shape, machine.precision);
     let n_word = out.n_word();
     each_head(machine, shape, [&mut out.words], n_word, |scratch, row, head, mut tile| {
@@ -148,6 +154,7 @@ fn each_head<const N: usize>(
 
 /// Gradients of [`forward`] given `dout`: replaces those of queries, keys and values.
 pub fn backward(machine: &mut Machine, inputs: &Inputs, out: &Values, dout: &Values, dqkv: &mut [Values; 3]) {
+    machine.profile.add_operations(5.0 * inputs.shape.n_operation());
     let (shape, precision) = (inputs.shape, machine.precision);
     let Shape { n_col, head_dim, .. } = shape;
     let n_word = out.n_word();

@@ -19,6 +19,12 @@ impl Buffers {
         bytemuck::cast_vec(self.take_words(n))
     }
 
+    /// Bytes of what was given back.
+    #[cfg(test)]
+    pub fn n_byte(&self) -> u64 {
+        self.free.iter().map(|(n, buffers)| 4 * (n * buffers.len()) as u64).sum()
+    }
+
     /// Gives words back.
     pub fn give_words(&mut self, buffer: Vec<u32>) {
         self.free.entry(buffer.len()).or_default().push(buffer);

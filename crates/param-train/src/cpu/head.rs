@@ -8,7 +8,7 @@ use super::values::Values;
 use crate::data::IGNORED;
 
 /// Rows of logits at a time: about 16 MiB, but enough rows that the product stays a matmul and not a matrix-vector one.
-fn rows_per_chunk(n_vocab: usize) -> usize {
+pub fn rows_per_chunk(n_vocab: usize) -> usize {
     ((4 << 20) / n_vocab).clamp(512, 4096)
 }
 

@@ -58,9 +58,9 @@ impl Scratch {
 }
 
 /// Rows of a task, at most: what a packed strip is used for before the next one is packed.
-const MOST_ROWS: usize = 512;
+const MOST_ROWS: usize = 1024;
 /// Tasks that each thread should find, so that none waits long for the others.
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 2;
 /// Rows or columns that threads share out elsewhere.
 pub const ROWS: usize = 64;
 

@@ -11,6 +11,7 @@ mod head;
 mod linear;
 mod machine;
 mod norm;
+mod plan;
 mod profile;
 mod router;
 #[cfg(test)]
@@ -30,6 +31,7 @@ use dropout::Dropout;
 pub use head::CrossEntropy;
 pub use machine::Compute;
 use machine::Machine;
+pub use plan::{Memory, operations_per_token};
 pub use profile::{Profile, Section, Spent};
 pub use router::{Capacity, Routing};
 use values::Values;

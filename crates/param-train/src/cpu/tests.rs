@@ -1,10 +1,13 @@
 //! Gradients against numerical derivatives, for what the reference's golden numbers leave out: dropout, drawn noise, and
 //! the config's other options.
 
-use param_model::{Activation, Config};
+use param_model::{Activation, Config, Part};
 use rand::RngExt;
 
-use super::{Capacity, Compute, GradientScale, Mode, Model, NoiseSource, Sequences};
+use super::{
+    Capacity, Compute, GradientScale, Losses, Memory, Mode, Model, NoiseSource, Precision, Section, Sequences,
+    operations_per_token,
+};
 use crate::data::IGNORED;
 use crate::init::initialise;
 use crate::random::{Key, stream};
@@ -130,5 +133,78 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
     let one = run(1);
     for n_thread in [2, 4] {
         assert!(one == run(n_thread), "{n_thread} threads change the gradients");
+    }
+}
+
+/// One step's losses and gradients of the model of [`config`], 3 rows of 40 tokens.
+fn step(config: &Config, compute: Compute) -> (Losses, Vec<Vec<f32>>, Model) {
+    let params = perturbed(config);
+    let ids = (0..120).map(|i| i * 7 % config.n_vocab as u32).collect::<Vec<u32>>();
+    let targets = ids.iter().map(|&id| (id as i32 + 1) % config.n_vocab as i32).collect::<Vec<_>>();
+    let mode = Mode { dropout: Some(KEY), capacity: Capacity::Unlimited, noise: NoiseSource::Drawn(KEY) };
+    let mut model = Model::new(config, compute);
+    let mut grads = model.zeros();
+    let sequences = Sequences { ids: &ids, n_col: 40, mask: None };
+    let scale = GradientScale { n_target: 120, n_batch: 1 };
+    let losses = model.loss_and_gradients(&params, &mut grads, sequences, &targets, mode, scale);
+    (losses, grads, model)
+}
+
+#[test]
+fn what_is_computed_again_is_the_same() {
+    let config = Config { dropout: 0.1, ..config() };
+    for precision in [Precision::F32, Precision::Bf16] {
+        let compute = Compute { precision, ..Compute::default() };
+        let (kept, kept_grads, _) = step(&config, compute);
+        let (again, again_grads, _) = step(&config, Compute { recompute: true, ..compute });
+        assert!(kept.total(&config) == again.total(&config) && kept_grads == again_grads);
+    }
+}
+
+/// Bound: 3e-2 of each gradient's norm, what rounding every factor to 8 bits leaves.
+#[test]
+fn gradients_in_bf16_are_near() {
+    let config = Config { n_embd: 48, n_head: 3, ..config() };
+    let (exact, exact_grads, model) = step(&config, Compute::default());
+    let (near, near_grads, _) = step(&config, Compute { precision: Precision::Bf16, ..Compute::default() });
+    assert!((near.ce() - exact.ce()).abs() <= 3e-3 * exact.ce(), "{} for {}", near.ce(), exact.ce());
+    for (spec, (exact, near)) in model.table().iter().zip(exact_grads.iter().zip(&near_grads)) {
+        let norm = |x: &mut dyn Iterator<Item = f32>| x.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        let size = norm(&mut exact.iter().copied());
+        let off = norm(&mut exact.iter().zip(near).map(|(a, b)| a - b));
+        // The key's bias has no gradient but rounding.
+        assert!(spec.part == Part::AttnKBias || off <= 3e-2 * size, "{}: off by {}", spec.checkpoint, off / size);
+    }
+}
+
+/// Bounds: a tenth of the memory of activations, as the plan says; 2% of the operations, of which the router's scores are not
+/// counted.
+#[test]
+fn a_step_needs_what_was_planned() {
+    for (precision, recompute, n_expert) in
+        [(Precision::F32, false, 4), (Precision::Bf16, false, 4), (Precision::F32, true, 4), (Precision::F32, false, 1)]
+    {
+        let config = Config {
+            n_embd: 96,
+            n_expert,
+            n_expert_used: n_expert.min(2),
+            n_vocab: 500,
+            use_noisy_top_k: false,
+            dropout: 0.0,
+            n_layer: 6,
+            ..config()
+        };
+        let compute = Compute { precision, recompute, ..Compute::default() };
+        let (_, _, mut model) = step(&config, compute);
+        let plan = Memory::plan(&config, compute, (3, 40));
+        let (planned, used) = (plan.activations + plan.working, model.machine.buffers.n_byte());
+        assert!(planned.abs_diff(used) <= used / 10, "{compute:?}: planned {planned}, used {used}");
+        if !recompute {
+            let counted = Section::ALL.iter().map(|&section| model.profile().spent(section).operations).sum::<f64>() / 120.0;
+            // Scores are computed once more in the backward pass, as flash attention does.
+            let again = (config.n_layer * config.n_embd * 41) as f64;
+            let planned = operations_per_token(&config, 40) + again;
+            assert!((counted - planned).abs() <= 0.02 * planned, "{compute:?}: planned {planned}, counted {counted}");
+        }
     }
 }
