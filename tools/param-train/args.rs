@@ -21,7 +21,7 @@ pub struct Flags {
     #[command(flatten)]
     pub task: Task,
     /// Folder of the run
-    #[arg(long, value_name = "DIR", required_unless_present_any = ["eval", "benchmark"])]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["eval", "benchmark", "dry_run"])]
     pub out: Option<PathBuf>,
     #[command(flatten)]
     pub data: Data,
@@ -51,6 +51,9 @@ pub struct Task {
     /// Report the loss of --checkpoint on --data and stop
     #[arg(long, requires = "checkpoint", conflicts_with = "resume")]
     pub eval: bool,
+    /// Print the number of parameters, the memory needed by kind and an estimate of the time, and stop
+    #[arg(long, conflicts_with_all = ["resume", "init_only", "eval", "benchmark"])]
+    pub dry_run: bool,
     /// Measure N steps on random tokens, print one JSON object, and stop
     #[arg(long, value_name = "N", conflicts_with_all = ["resume", "init_only", "eval"],
         value_parser = clap::value_parser!(u64).range(1..))]
@@ -269,6 +272,9 @@ impl Model {
 }
 
 impl Training {
+    /// Steps where no flag says how many.
+    pub const STEPS: u64 = 2000;
+
     /// Steps that the flags ask for, given the batches in some number of epochs.
     pub fn steps(&self, batches_in: impl Fn(f64) -> u64, accumulation: usize) -> Result<Option<u64>> {
         match self.epochs {

@@ -4,12 +4,11 @@ use std::io::{Write, stderr, stdout};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use param_train::benchmark::{Benchmark, benchmark};
-use param_train::cpu::Section;
-use param_train::settings::Dtype;
+use param_train::benchmark::benchmark;
 use serde_json::json;
 
 use crate::args::{Flags, Training};
+use crate::profile;
 
 /// Measures `steps` steps: one JSON object on standard output, with `--profile` a table on standard error.
 pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
@@ -25,7 +24,7 @@ pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
         "engine": "PARAM",
         "preset": flags.model.name(),
         "threads": n_thread,
-        "dtype": match settings.dtype { Dtype::F32 => "f32", Dtype::Bf16 => "bf16" },
+        "dtype": settings.dtype,
         "batch": settings.batch_size,
         "context": settings.context,
         "tok/s": rounded(median),
@@ -40,23 +39,7 @@ pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
     });
     writeln!(stdout(), "{row}")?;
     if flags.profile {
-        write_profile(&mut stderr(), &result, steps)?;
+        profile::write(&mut stderr(), &result.spent, result.peak, steps)?;
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// Time of each part of a step, and what of the machine's peak its products reached.
-fn write_profile(out: &mut impl Write, result: &Benchmark, steps: u64) -> Result<()> {
-    let total = result.spent.iter().map(|spent| spent.seconds).sum::<f64>();
-    writeln!(out, "| part | ms a step | of the time | GFLOP/s | of the peak |\n|---|---|---|---|---|")?;
-    for (section, spent) in Section::ALL.iter().zip(&result.spent) {
-        let rate = spent.operations / spent.seconds.max(1e-9);
-        let products = match spent.operations {
-            0.0 => " | | ".to_owned(),
-            _ => format!(" | {:.0} | {:.0}%", rate / 1e9, 100.0 * rate / result.peak),
-        };
-        let (name, ms) = (section.name(), spent.seconds * 1e3 / steps as f64);
-        writeln!(out, "| {name} | {ms:.2} | {:.1}%{products} |", 100.0 * spent.seconds / total)?;
-    }
-    Ok(())
 }

@@ -4,25 +4,28 @@
 mod args;
 mod benchmark;
 mod corpus;
+mod dry_run;
+mod profile;
 mod report;
 
-use std::io::{Write, stdout};
+use std::io::{Write, stderr, stdout};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use indicatif::HumanCount;
+use indicatif::{HumanBytes, HumanCount};
 use param::cli::{self, Usage};
 use param_model::atomic::write_folder;
 use param_model::checkpoint::{BEST_LINK, LAST_LINK, TOKENIZER_FILE, WEIGHTS_FILE};
 use param_model::{Checkpoint, Config, Tokenizer};
 use param_train::Error;
 use param_train::checkpoint::{RunFolder, read_model, write_model};
-use param_train::cpu::Model;
+use param_train::cpu::{Model, Section};
 use param_train::data::{Batches, DataError, Vocabulary};
 use param_train::init::initialise;
+use param_train::memory;
 use param_train::settings::Settings;
 use param_train::trainer::{Corpus, Outcome, Trainer, evaluate_part};
 
@@ -54,6 +57,9 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     let out = flags.out.as_deref();
     if let Some(steps) = flags.task.benchmark {
         return benchmark::run(flags, steps);
+    }
+    if flags.task.dry_run {
+        return dry_run::run(flags);
     }
     match (flags.task.checkpoint.as_deref(), out) {
         (Some(checkpoint), _) => evaluate(flags, checkpoint, &stop),
@@ -116,17 +122,29 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
 fn train(flags: &Flags, out: &Path, stop: &AtomicBool) -> Result<ExitCode> {
     let folder = RunFolder::new(out);
     let mut trainer = if flags.task.resume { resume(flags, folder, stop)? } else { start(flags, folder, stop)? };
+    let first_step = trainer.state().step;
     let mut report = Report::new(trainer.state(), flags.log_every);
     let outcome = trainer.run(stop, &mut |event| report.show(event));
     report.finish();
     let outcome = outcome?;
+    if flags.profile {
+        let spent = Section::ALL.map(|section| trainer.profile().spent(section));
+        profile::write(&mut stderr(), &spent, trainer.peak(), trainer.state().step - first_step)?;
+    }
 
     let state = trainer.state();
     let seconds = state.seconds.max(1e-9);
     let rate = HumanCount((state.n_target as f64 / seconds) as u64);
     let mut out_stream = stdout();
     let n_target = HumanCount(state.n_target);
-    writeln!(out_stream, "{} steps, {n_target} tokens, {seconds:.1} s of training, {rate} tok/s", state.step)?;
+    let mut closing = format!("{} steps, {n_target} tokens, {seconds:.1} s of training, {rate} tok/s", state.step);
+    if let Some(mfu) = report.mfu() {
+        closing += &format!(", {:.0}% MFU", 100.0 * mfu);
+    }
+    if let Some(bytes) = memory::peak() {
+        closing += &format!(", {}", HumanBytes(bytes));
+    }
+    writeln!(out_stream, "{closing}")?;
     if let Some((loss, step)) = state.best {
         writeln!(out_stream, "best validation loss {loss:.4} at step {step}: {}", out.join(BEST_LINK).display())?;
     }
@@ -151,7 +169,7 @@ fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer>
     // Before tokenizing, so that a folder that cannot be written costs no time.
     folder.create()?;
     let corpus = choice.corpus(&tokens_folder(&folder), tokenizer, stop)?;
-    let steps = steps(&flags.training, &corpus, &early)?.unwrap_or(2000);
+    let steps = steps(&flags.training, &corpus, &early)?.unwrap_or(Training::STEPS);
     let settings = flags.training.apply(Training::defaults(&config, steps));
     choice.save(folder.path())?;
     eprintln!("{}, on {} threads", describe(&config), flags.n_thread());

@@ -17,6 +17,22 @@ pub struct Report {
     log_every: u64,
     /// Seconds, steps and targets trained when the last line was written: the next averages over what came since.
     since: (f64, u64, u64),
+    /// Of all steps shown.
+    utilised: Utilised,
+}
+
+/// Seconds, and seconds times model FLOPs utilisation.
+#[derive(Clone, Copy, Default)]
+struct Utilised {
+    seconds: f64,
+    product: f64,
+    last: f64,
+}
+
+impl Utilised {
+    fn mean(self) -> Option<f64> {
+        (self.seconds > 0.0).then(|| self.product / self.seconds)
+    }
 }
 
 impl Report {
@@ -26,7 +42,8 @@ impl Report {
         let bar = cli::bar(total).with_position(state.step);
         bar.reset_eta();
         let since = (state.seconds, state.step, state.n_target);
-        Self { bar, is_terminal: stderr().is_terminal(), total, log_every, since }
+        let utilised = Utilised { last: state.seconds, ..Utilised::default() };
+        Self { bar, is_terminal: stderr().is_terminal(), total, log_every, since, utilised }
     }
 
     /// Shows one event.
@@ -49,7 +66,16 @@ impl Report {
         }
     }
 
+    /// Mean model FLOPs utilisation of the steps shown.
+    pub fn mfu(&self) -> Option<f64> {
+        self.utilised.mean()
+    }
+
     fn step(&mut self, record: &StepRecord) {
+        let step_seconds = record.seconds - self.utilised.last;
+        self.utilised.seconds += step_seconds;
+        self.utilised.product += step_seconds * record.mfu;
+        self.utilised.last = record.seconds;
         let (first_second, first_step, first_target) = self.since;
         let due = record.step.is_multiple_of(self.log_every) || record.step == self.total;
         if !due && !self.is_terminal {
@@ -58,11 +84,12 @@ impl Report {
         let seconds = record.seconds - first_second;
         let rate = (record.n_target - first_target) as f64 / seconds;
         let what = format!(
-            "loss {:.4}  grad {:.2}  lr {:.2e}  {} tok/s",
+            "loss {:.4}  grad {:.2}  lr {:.2e}  {} tok/s  {:.0}% MFU",
             record.loss,
             record.grad_norm,
             record.lr,
-            HumanCount(rate as u64)
+            HumanCount(rate as u64),
+            100.0 * record.mfu
         );
         if self.is_terminal {
             self.bar.set_position(record.step);

@@ -2,16 +2,15 @@
 
 use std::time::Instant;
 
-use param_kernels::{Arithmetic, arithmetic_peak};
 use param_model::Config;
 use rand::RngExt;
 
-use crate::cpu::{Section, Spent};
+use crate::cpu::{Section, Spent, operations_per_token};
 use crate::data::Batch;
 use crate::error::Error;
 use crate::learner::Learner;
 use crate::random::stream;
-use crate::settings::{Dtype, Settings};
+use crate::settings::Settings;
 
 /// Steps before the clock starts: the first takes its memory from the system.
 const WARMUP: u64 = 2;
@@ -22,7 +21,7 @@ const STREAM: u64 = 1 << 61;
 pub struct Benchmark {
     /// Tokens per second of each step, in order.
     pub tokens_per_s: Vec<f64>,
-    /// Operations of matrix products per token.
+    /// Operations of matrix products that training on a token takes.
     pub operations_per_token: f64,
     /// Operations per second that the machine reached with operands in registers, before and after.
     pub peak: f64,
@@ -46,9 +45,10 @@ pub fn benchmark(config: &Config, settings: &Settings, n_thread: usize, steps: u
         let target = ids[1..].iter().map(|&id| id as i32).collect();
         Batch { n_row: settings.batch_size, input: ids[..n].to_vec(), target, mask: None, n_bytes: 0 }
     };
-    let mut peaks = vec![peak(&mut learner, settings.dtype)];
+    let mut peaks = vec![learner.peak(settings.dtype)];
+    let operations_per_token = operations_per_token(config, settings.context);
     let mut result =
-        Benchmark { tokens_per_s: Vec::new(), operations_per_token: 0.0, peak: 0.0, loss: 0.0, spent: Vec::new() };
+        Benchmark { tokens_per_s: Vec::new(), operations_per_token, peak: 0.0, loss: 0.0, spent: Vec::new() };
     for step in 0..WARMUP + steps {
         let batches = (0..settings.accumulation).map(|_| batch()).collect::<Vec<_>>();
         if step == WARMUP {
@@ -62,18 +62,7 @@ pub fn benchmark(config: &Config, settings: &Settings, n_thread: usize, steps: u
         result.loss = record.loss;
     }
     result.spent = Section::ALL.iter().map(|&section| learner.model.profile().spent(section)).collect();
-    peaks.push(peak(&mut learner, settings.dtype));
+    peaks.push(learner.peak(settings.dtype));
     result.peak = peaks.iter().sum::<f64>() / peaks.len() as f64;
-    let n_token = (settings.batch_size * settings.context * settings.accumulation) as f64 * steps as f64;
-    result.operations_per_token = result.spent.iter().map(|spent| spent.operations).sum::<f64>() / n_token;
     Ok(result)
-}
-
-/// What products in `dtype` could reach on the learner's threads.
-fn peak(learner: &mut Learner, dtype: Dtype) -> f64 {
-    let kind = match dtype {
-        Dtype::F32 => Arithmetic::F32,
-        Dtype::Bf16 => Arithmetic::Bf16,
-    };
-    arithmetic_peak(learner.model.table_and_team().1, kind)
 }

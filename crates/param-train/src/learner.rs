@@ -1,5 +1,6 @@
 //! A model with what training it needs: gradients, the optimizer's moments, and the step that ties them together.
 
+use param_kernels::{Arithmetic, arithmetic_peak};
 use param_model::Config;
 
 use crate::cpu::{GradientScale, Losses, Mode, Model, NoiseSource, Routing, Section, Sequences};
@@ -9,7 +10,7 @@ use crate::init::initialise;
 use crate::metrics::StepRecord;
 use crate::optimizer::{Moments, clip_factor, global_norm};
 use crate::random::Key;
-use crate::settings::Settings;
+use crate::settings::{Dtype, Settings};
 
 /// What learns.
 pub struct Learner {
@@ -44,6 +45,15 @@ impl Learner {
         let model = Model::new(config, settings.compute(n_thread));
         let grads = model.zeros();
         Self { model, params, moments, grads }
+    }
+
+    /// Operations a second that matrix products in `dtype` could reach on its threads: measured, in some hundredths of a second.
+    pub fn peak(&mut self, dtype: Dtype) -> f64 {
+        let kind = match dtype {
+            Dtype::F32 => Arithmetic::F32,
+            Dtype::Bf16 => Arithmetic::Bf16,
+        };
+        arithmetic_peak(self.model.table_and_team().1, kind)
     }
 
     /// The optimizer step after `step` others, on some batches. The record's times, rates and sums over the run are left to the
@@ -109,6 +119,8 @@ fn total_loss(losses: &[Losses], config: &Config) -> StepRecord {
         grad_norm: 0.0,
         lr: 0.0,
         tokens_per_s: 0.0,
+        mfu: 0.0,
+        memory: None,
         seconds: 0.0,
         n_target: 0,
         epoch: 0.0,

@@ -31,6 +31,12 @@ pub struct StepRecord {
     pub lr: f32,
     /// Targets per second, over this step.
     pub tokens_per_s: f64,
+    /// Model FLOPs utilisation: share of what the machine's multiply-adds could do at best that the step's matrix products took.
+    #[serde(default)]
+    pub mfu: f64,
+    /// Most bytes of memory in use so far, where the system says.
+    #[serde(default)]
+    pub memory: Option<u64>,
     /// Seconds of training so far: steps only, without evaluation, samples and saving.
     pub seconds: f64,
     /// Targets trained on so far.

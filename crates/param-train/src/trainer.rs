@@ -7,10 +7,11 @@ use std::time::Instant;
 use param_model::{Config, Tokenizer};
 
 use crate::checkpoint::{Restored, RunFolder, State};
-use crate::cpu::{Mode, Model, Section};
-use crate::data::{Batch, Batches, DataError, Evaluation, Layout, Part, Vocabulary};
+use crate::cpu::{Mode, Model, Profile, Section, operations_per_token};
+use crate::data::{Batch, Batches, DataError, Evaluation, Layout, Part, Prefetch, Vocabulary};
 use crate::error::Error;
 use crate::learner::{Learner, sequences};
+use crate::memory;
 use crate::metrics::{EvalRecord, Metrics, SampleRecord, StepRecord};
 use crate::random::stream;
 use crate::sample::sample;
@@ -64,7 +65,9 @@ pub struct Trainer {
     state: State,
     corpus: Corpus,
     vocabulary: Vocabulary,
-    batches: Batches,
+    batches: Prefetch,
+    /// Operations a second that the machine can do at best.
+    peak: f64,
     folder: RunFolder,
     metrics: Metrics,
     /// Step of the newest checkpoint, and whether it was open.
@@ -109,7 +112,7 @@ impl Trainer {
 
     fn start(
         folder: RunFolder,
-        learner: Learner,
+        mut learner: Learner,
         state: State,
         corpus: Corpus,
         saved: Option<(u64, bool)>,
@@ -129,7 +132,9 @@ impl Trainer {
         // A held-out part that is too short should be known before hours of training.
         Evaluation::new(corpus.eval.clone(), &vocabulary, settings.layout, settings.context, settings.batch_size)?;
         let metrics = Metrics::open(folder.path(), state.step)?;
-        Ok(Self { learner, state, corpus, vocabulary, batches, folder, metrics, saved })
+        let batches = Prefetch::new(batches);
+        let peak = learner.peak(state.settings.dtype);
+        Ok(Self { learner, state, corpus, vocabulary, batches, peak, folder, metrics, saved })
     }
 
     /// Where the run is.
@@ -140,6 +145,16 @@ impl Trainer {
     /// The model's hyperparameters.
     pub fn config(&self) -> &Config {
         self.learner.model.config()
+    }
+
+    /// Time and operations of each part of the steps since the start, with what lies between them.
+    pub fn profile(&mut self) -> &Profile {
+        self.learner.model.profile()
+    }
+
+    /// Operations a second that matrix products could reach on this machine, as measured at the start.
+    pub fn peak(&self) -> f64 {
+        self.peak
     }
 
     /// Trains until all steps are done or `stop` is set, saving either way.
@@ -196,17 +211,20 @@ impl Trainer {
         let n_batch = state.settings.accumulation as u64;
         let first = state.step * n_batch;
         learner.model.profile().enter(Section::Data);
-        let step_batches = (first..first + n_batch).map(|i| batches.batch_at(i)).collect::<Result<Vec<_>, _>>()?;
+        let step_batches = batches.take(first..first + n_batch, first + n_batch..first + 2 * n_batch)?;
         let record = learner.step(&state.settings, state.step, &step_batches)?;
         state.step += 1;
         state.n_target += record.n_target;
         let seconds = start.elapsed().as_secs_f64();
         state.seconds += seconds;
+        let n_token = step_batches.iter().map(|batch| batch.input.len()).sum::<usize>() as f64;
         Ok(StepRecord {
             tokens_per_s: record.n_target as f64 / seconds,
+            mfu: n_token / seconds * operations_per_token(learner.model.config(), state.settings.context) / self.peak,
+            memory: memory::peak(),
             seconds: state.seconds,
             n_target: state.n_target,
-            epoch: batches.epochs_before(first + n_batch),
+            epoch: batches.batches().epochs_before(first + n_batch),
             ..record
         })
     }

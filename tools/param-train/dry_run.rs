@@ -1,0 +1,58 @@
+//! `--dry-run`: what a run would need.
+
+use std::io::{Write, stdout};
+use std::process::ExitCode;
+
+use anyhow::Result;
+use indicatif::{HumanBytes, HumanCount, HumanDuration};
+use param_kernels::{Arithmetic, Team, arithmetic_peak};
+use param_train::cpu::{Memory, operations_per_token};
+use param_train::settings::Dtype;
+
+use crate::args::{Flags, Training};
+use crate::describe;
+
+/// What of the peak training reaches, by which a time is estimated; `--benchmark` measures it.
+const UTILISATION: f64 = 0.5;
+
+/// Prints parameters, memory by kind, and an estimate of the time.
+pub fn run(flags: &Flags) -> Result<ExitCode> {
+    let config = flags.model.config()?;
+    let steps = flags.training.steps.unwrap_or(Training::STEPS);
+    let settings = flags.training.apply(Training::defaults(&config, steps));
+    settings.check(&config)?;
+    let n_thread = flags.n_thread();
+    let memory = Memory::plan(&config, settings.compute(n_thread), (settings.batch_size, settings.context));
+    let mut out = stdout();
+    writeln!(out, "{}", describe(&config))?;
+    let kinds = [
+        ("parameters", memory.parameters),
+        ("gradients", memory.gradients),
+        ("optimizer", memory.moments),
+        ("activations", memory.activations),
+        ("working memory", memory.working),
+        ("all", memory.total()),
+    ];
+    for (kind, bytes) in kinds {
+        writeln!(out, "{kind:<16} {:>12}", HumanBytes(bytes).to_string())?;
+    }
+    let kind = match settings.dtype {
+        Dtype::F32 => Arithmetic::F32,
+        Dtype::Bf16 => Arithmetic::Bf16,
+    };
+    let peak = arithmetic_peak(&mut Team::new(n_thread), kind);
+    let per_step = (settings.batch_size * settings.context * settings.accumulation) as f64;
+    let rate = UTILISATION * peak / operations_per_token(&config, settings.context);
+    let seconds = per_step * steps as f64 / rate;
+    writeln!(
+        out,
+        "{} steps of {} tokens: about {} at {} tok/s, {:.0}% of this machine's {:.0} GFLOP/s (--benchmark measures)",
+        HumanCount(steps),
+        HumanCount(per_step as u64),
+        HumanDuration(std::time::Duration::from_secs_f64(seconds)),
+        HumanCount(rate as u64),
+        100.0 * UTILISATION,
+        peak / 1e9
+    )?;
+    Ok(ExitCode::SUCCESS)
+}
