@@ -26,7 +26,7 @@ pub use attention::{
 };
 pub use dispatch::Kernels;
 pub use optimizer::AdamWStep;
-pub use prefetch::prefetch;
+pub use prefetch::{prefetch, prefetch_for_later};
 pub use probe::{Arithmetic, arithmetic_peak};
 pub use product::{Factor, Lane, Matrix, Precision, Product, Workspace};
 pub use spmd::{Team, Tile, available_threads};

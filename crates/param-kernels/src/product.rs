@@ -423,9 +423,15 @@ impl<'a> Product<'a> {
     }
 
     /// Columns of a strip, of which a part [`Product::step`] deep stays in cache when packed.
-    pub const STRIP: usize = 128;
+    const STRIP: usize = 128;
     /// The same where sums go where they add up, [`Product::SHORT_STEP`] at a time.
     pub const WIDE_STRIP: usize = 384;
+
+    /// Columns that are best computed together: a strip, or more of them where the depth is small.
+    pub fn strip(&self) -> usize {
+        let n_word = self.precision.words(self.left.shape().1).max(1);
+        (PACKED / n_word / Self::STRIP * Self::STRIP).clamp(Self::STRIP, 2 * Self::STRIP)
+    }
 
     /// How much of the depth to sum at a time.
     fn step(precision: Precision) -> usize {
@@ -437,7 +443,10 @@ impl<'a> Product<'a> {
         PACKED / Self::WIDE_STRIP * precision.per_word()
     }
 
-    /// Computes `rows` by `cols` of the product, at best [`Product::STRIP`] columns, and gives each row's part to
+    /// Rows that are computed together, before any of them is written.
+    pub const ROWS: usize = ROWS;
+
+    /// Computes `rows` by `cols` of the product, at best [`Product::strip`] columns, and gives each row's part to
     /// `write(row, sums [cols.len()])`. A sum does not depend on the rows and columns it is computed with.
     ///
     /// # Panics

@@ -33,6 +33,7 @@ pub fn backward(
     let mut buffer = [0.0; WIDEST];
     let kernels = Kernels::get();
     let x = &mut buffer[..cols.len()];
+    pre.ask(row + 1, cols.clone());
     pre.load(row, cols, x);
     match kind {
         Activation::GeluErf => kernels.gelu_erf_backward(x, grad),

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use param_kernels::{Kernels, Precision, Product, Team, Tile, Workspace};
+use param_kernels::{Kernels, Precision, Product, Team, Tile, Workspace, prefetch_for_later};
 
 use super::buffers::Buffers;
 use super::profile::Profile;
@@ -83,9 +83,11 @@ impl Machine {
         product: impl Fn(usize) -> Product<'a> + Sync,
         write: impl Fn([&mut [T]; N], usize, Range<usize>, &mut [f32]) + Sync,
     ) {
-        self.for_each_part(outs, (n_col, per_elem), starts, Product::STRIP, |workspace, group, rows, cols, mut tile| {
+        let strip = product(0).strip();
+        self.for_each_part(outs, (n_col, per_elem), starts, strip, |workspace, group, rows, cols, mut tile| {
             product(group).compute(Kernels::get(), rows, cols.clone(), workspace, |row, sums| {
                 let row = starts[group] + row;
+                ask(&mut tile, row + Product::ROWS);
                 write(tile.rows_mut(row), row, cols.clone(), sums);
             });
         });
@@ -104,6 +106,7 @@ impl Machine {
         let step = Product::short_step(self.precision);
         self.for_each_part([out], (n_col, 1), starts, Product::WIDE_STRIP, |workspace, group, rows, cols, mut tile| {
             product(group).compute_steps(kernels, rows, cols, step, workspace, |row, _, sums| {
+                ask(&mut tile, starts[group] + row + Product::ROWS);
                 kernels.axpy(1.0, sums, tile.row_mut(starts[group] + row));
             });
         });
@@ -130,6 +133,13 @@ impl Machine {
             let rows = tile.rows().start - starts[group]..tile.rows().end - starts[group];
             f(&mut scratch.workspace, group, rows, cols, tile);
         });
+    }
+}
+
+/// Asks for a row of the outputs that will be written after the next products: they are larger than the caches.
+fn ask<T, const N: usize>(tile: &mut Tile<'_, T, N>, row: usize) {
+    if tile.rows().contains(&row) {
+        tile.rows_mut(row).into_iter().for_each(|part| prefetch_for_later(part));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use param_kernels::{Kernels, Matrix, Precision};
+use param_kernels::{Kernels, Matrix, Precision, prefetch};
 
 use super::buffers::Buffers;
 
@@ -36,6 +36,14 @@ impl Values {
 
     pub fn matrix(&self) -> Matrix<'_> {
         Matrix::new(self.precision, &self.words, self.n_row(), self.n_col)
+    }
+
+    /// Asks for columns `cols` of row `row`, if there is one.
+    pub fn ask(&self, row: usize, cols: Range<usize>) {
+        let per_word = self.precision.per_word();
+        let start = row * self.n_word();
+        let words = self.words.get(start + cols.start / per_word..start + cols.end.div_ceil(per_word));
+        prefetch(words.unwrap_or_default());
     }
 
     /// Columns `cols` of row `row` in f32, which must begin and end with a word unless they end with the row.
