@@ -144,7 +144,8 @@ fn a_kill_at_any_moment_leaves_a_checkpoint_from_which_the_run_ends_the_same() {
     let folder = tempfile::tempdir().unwrap();
     let data = documents(folder.path());
     let run = folder.path().join("run");
-    let flags = ["--schedule=constant", "--warmup=3", "--sample-every=0", "--save-every=1", "--eval-every=3", "--keep=2"];
+    let flags =
+        ["--schedule=constant", "--warmup=3", "--sample-every=0", "--save-every=1", "--eval-every=3", "--keep=2"];
     let mut command = train(&data, &run, &RANDOM);
     command.args(flags).arg("--steps=1000000");
     let mut least = 1;

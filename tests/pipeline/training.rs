@@ -201,3 +201,21 @@ fn bad_lines_are_counted_and_reported_and_the_rest_is_trained_on() {
     }
     assert_eq!(shard_index(&run)["n_document"], 25);
 }
+
+/// Bound: 1% of the loss, what rounding every factor of a product to 8 bits may cost a small model.
+#[test]
+fn training_in_bf16_learns_what_f32_learns() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = write(folder.path(), "prose.txt", prose(200_000, 3));
+    let losses = ["f32", "bf16"].map(|dtype| {
+        let run = folder.path().join(dtype);
+        let mut command = param_train();
+        command.args(["--preset=param-tiny", "--chars", "--steps=300", "--batch-size=4", "--sample-every=0"]);
+        output_of(command.arg(format!("--dtype={dtype}")).arg("--data").arg(&data).arg("--out").arg(&run));
+        let first = series(&run, "loss")[0];
+        let last = *series(&run, "eval_loss").last().unwrap();
+        assert!(last < 0.8 * first, "{dtype}: {first} to {last}");
+        last
+    });
+    assert!((losses[1] - losses[0]).abs() <= 0.01 * losses[0], "f32 {}, bf16 {}", losses[0], losses[1]);
+}

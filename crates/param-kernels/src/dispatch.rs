@@ -1,9 +1,9 @@
 //! The table of kernels: every body compiled once per instruction set, and the choice made once per process.
 
 use crate::attention::Pages;
+use crate::optimizer::AdamWStep;
 use crate::product::{Lane, Matrix, Precision};
 use crate::tiles::ActivationBlock;
-use crate::optimizer::AdamWStep;
 use half::f16;
 use std::ops::Range;
 use std::sync::OnceLock;

@@ -82,7 +82,9 @@ impl<'a> Matrix<'a> {
         assert!(rows.start <= rows.end && rows.end <= self.n_row, "rows {rows:?} of {}", self.n_row);
         match self.index {
             Some(index) => Self { n_row: rows.len(), index: Some(&index[rows]), ..self },
-            None => Self { n_row: rows.len(), words: &self.words[self.words.len().min(rows.start * self.stride)..], ..self },
+            None => {
+                Self { n_row: rows.len(), words: &self.words[self.words.len().min(rows.start * self.stride)..], ..self }
+            }
         }
     }
 
@@ -512,7 +514,15 @@ impl<'a> Product<'a> {
                 if depth == 0 {
                     products.fill(0.0);
                 } else {
-                    self.block(kernels, block..block + n_row, words.clone(), tiles, n_tile, &mut workspace.rows, products);
+                    self.block(
+                        kernels,
+                        block..block + n_row,
+                        words.clone(),
+                        tiles,
+                        n_tile,
+                        &mut workspace.rows,
+                        products,
+                    );
                 }
                 for (i, products) in products.chunks_exact_mut(width.max(1)).enumerate() {
                     write(block + i, first == 0, &mut products[..cols.len()]);
@@ -581,7 +591,13 @@ mod tests {
     }
 
     impl Stored {
-        fn random(precision: Precision, shape: (usize, usize), gathered: bool, margin: usize, rng: &mut ChaCha8Rng) -> Self {
+        fn random(
+            precision: Precision,
+            shape: (usize, usize),
+            gathered: bool,
+            margin: usize,
+            rng: &mut ChaCha8Rng,
+        ) -> Self {
             let (n_row, n_col) = (shape.0 + 2, shape.1 + 2 * margin);
             let kernels = Kernels::supported()[0];
             let mut words = vec![0; n_row * precision.words(n_col)];

@@ -18,7 +18,7 @@ use crate::Kernels;
 use crate::isa::Isa;
 
 pub use activation::ActivationBlock;
-pub(crate) use activation::{pair_row, to_bf16, quantize_rest, quantize_row};
+pub(crate) use activation::{pair_row, quantize_rest, quantize_row, to_bf16};
 pub(crate) use float::{matmul_bf16, matmul_f16, matmul_f32};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::NeonRegisters;

@@ -10,7 +10,7 @@ use super::machine::{Machine, Scratch};
 use super::values::Values;
 
 /// Queries per tile.
-const TILE: usize = 128;
+const TILE: usize = 64;
 /// Added to the scores of padded keys, as in the reference.
 const PADDED: f32 = -1e9;
 
@@ -60,9 +60,9 @@ struct Head<'a> {
     kernels: &'static Kernels,
     precision: Precision,
     shape: Shape,
-    q: Matrix<'a>, // [n_col, head_dim]
-    k: Matrix<'a>, // [n_col, head_dim]
-    v: Matrix<'a>, // [n_col, head_dim]
+    q: Matrix<'a>,            // [n_col, head_dim]
+    k: Matrix<'a>,            // [n_col, head_dim]
+    v: Matrix<'a>,            // [n_col, head_dim]
     mask: Option<&'a [bool]>, // [n_col]
     dropout: Option<&'a Dropout>,
     /// Number of the head among those of all sequences.

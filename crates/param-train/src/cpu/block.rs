@@ -174,7 +174,8 @@ impl Block {
         let (norm2, ffn, routing);
         match &self.ffn {
             Ffn::Dense { up, down } => {
-                norm2 = norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps, (&mut [], 0), |_, _, _| {});
+                norm2 =
+                    norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps, (&mut [], 0), |_, _, _| {});
                 machine.profile.enter(Section::Dense);
                 let n_ff = config.n_ff();
                 let [mut pre, mut hidden] =
@@ -186,10 +187,8 @@ impl Block {
             }
             Ffn::Experts { router, noise, up, down } => {
                 let (n_expert, k) = (config.n_expert, config.n_expert_used);
-                let scorer = Scorer {
-                    weight: &params[*router],
-                    noise: normal.as_ref().and(*noise).map(|at| &params[at][..]),
-                };
+                let scorer =
+                    Scorer { weight: &params[*router], noise: normal.as_ref().and(*noise).map(|at| &params[at][..]) };
                 let n_score = scorer.n_score() * n_expert;
                 let mut scores = vec![0.0; n_token * n_score];
                 let more = (&mut scores[..], n_score);
@@ -250,9 +249,15 @@ impl Block {
                 let product = Product::new(machine.precision, dy.matrix().factor(), weight.factor());
                 let outs = [&mut dpre.words[..], &mut hidden.words[..]];
                 let shape = (n_ff, machine.precision.per_word());
-                machine.multiply(outs, shape, &[0, n_token], |_| product, |[dpre, hidden], row, cols, sums| {
-                    activation::backward(activation, &pre, row, cols, sums, (dpre, hidden));
-                });
+                machine.multiply(
+                    outs,
+                    shape,
+                    &[0, n_token],
+                    |_| product,
+                    |[dpre, hidden], row, cols, sums| {
+                        activation::backward(activation, &pre, row, cols, sums, (dpre, hidden));
+                    },
+                );
                 down.backward_parameters(machine, grads, &dy, hidden.matrix(), n_ff);
                 let weight = Matrix::f32(&params[up.weight], n_ff, n_embd);
                 linear::backward_input(machine, &mut dnormed, Write::Replace, dpre.matrix(), weight, n_embd);
@@ -308,9 +313,15 @@ impl Block {
         let product = Product::new(machine.precision, dy.matrix().factor(), weight.factor());
         let (precision, kernels) = (machine.precision, Kernels::get());
         let shape = (n_embd, precision.per_word());
-        machine.multiply([&mut dattended.words], shape, &[0, n_token], |_| product, |[out], _, _, sums| {
-            precision.store(kernels, sums, out);
-        });
+        machine.multiply(
+            [&mut dattended.words],
+            shape,
+            &[0, n_token],
+            |_| product,
+            |[out], _, _, sums| {
+                precision.store(kernels, sums, out);
+            },
+        );
         self.attn_out.backward_parameters(machine, grads, &dy, attended.matrix(), n_embd);
         machine.profile.enter(Section::Attention);
         let mut dqkv = [(); 3].map(|()| take(machine));
@@ -379,14 +390,20 @@ impl Affine {
         let weight = Matrix::f32(&params[self.weight], n_out, config.n_embd);
         let product = Product::new(precision, x.factor(), weight.t());
         let outs = [&mut pre.words[..], &mut hidden.words[..]];
-        machine.multiply(outs, (n_out, precision.per_word()), &[0, n_row], |_| product, |[pre, hidden], _, cols, sums| {
-            if let Some(bias) = bias {
-                kernels.axpy(1.0, &bias[cols], sums);
-            }
-            precision.store(kernels, sums, pre);
-            activation::in_place(kind, sums);
-            precision.store(kernels, sums, hidden);
-        });
+        machine.multiply(
+            outs,
+            (n_out, precision.per_word()),
+            &[0, n_row],
+            |_| product,
+            |[pre, hidden], _, cols, sums| {
+                if let Some(bias) = bias {
+                    kernels.axpy(1.0, &bias[cols], sums);
+                }
+                precision.store(kernels, sums, pre);
+                activation::in_place(kind, sums);
+                precision.store(kernels, sums, hidden);
+            },
+        );
     }
 
     /// `out = residual + drop(x W^T + b)`.
@@ -405,16 +422,22 @@ impl Affine {
         let bias = self.bias(params);
         let product = Product::new(machine.precision, x.factor(), Matrix::f32(&params[self.weight], n_out, n_in).t());
         let n_row = out.len() / n_out;
-        machine.multiply([out], (n_out, 1), &[0, n_row], |_| product, |[out], row, cols, sums| {
-            if let Some(bias) = bias {
-                kernels.axpy(1.0, &bias[cols.clone()], sums);
-            }
-            if let Some(dropout) = dropout {
-                dropout.apply(row * n_out + cols.start, sums);
-            }
-            out.copy_from_slice(&residual[row * n_out + cols.start..row * n_out + cols.end]);
-            kernels.axpy(1.0, sums, out);
-        });
+        machine.multiply(
+            [out],
+            (n_out, 1),
+            &[0, n_row],
+            |_| product,
+            |[out], row, cols, sums| {
+                if let Some(bias) = bias {
+                    kernels.axpy(1.0, &bias[cols.clone()], sums);
+                }
+                if let Some(dropout) = dropout {
+                    dropout.apply(row * n_out + cols.start, sums);
+                }
+                out.copy_from_slice(&residual[row * n_out + cols.start..row * n_out + cols.end]);
+                kernels.axpy(1.0, sums, out);
+            },
+        );
     }
 
     /// Adds to the gradients of weight and bias, given those of the output and the input.

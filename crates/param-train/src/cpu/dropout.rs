@@ -1,8 +1,8 @@
 //! Dropout by addressed random numbers: the mask is never stored, the backward pass draws it again.
 
+use super::machine::Machine;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::Rng;
-use super::machine::Machine;
 
 use crate::random::{Key, Site};
 

@@ -36,17 +36,18 @@ pub fn backward(
     dposition: &mut [f32], // [n_ctx, n_embd]
     n_embd: usize,
 ) {
+    scatter(machine, dx, |i| ids[i] as usize, dtoken, n_embd);
+    scatter(machine, dx, |i| i % n_col, dposition, n_embd);
+}
+
+/// Adds each row `i` of `dx` to row `row_of(i)` of `out`.
+fn scatter(machine: &mut Machine, dx: &[f32], row_of: impl Fn(usize) -> usize + Sync, out: &mut [f32], n_embd: usize) {
     let kernels = Kernels::get();
-    let row_of = |i: usize| ids[i] as usize;
-    let position_of = |i: usize| i % n_col;
-    let outs: [(&mut [f32], &(dyn Fn(usize) -> usize + Sync)); 2] = [(dtoken, &row_of), (dposition, &position_of)];
-    for (out, row_of) in outs {
-        let starts = [0, out.len() / n_embd];
-        machine.team.for_each_tile(&mut machine.scratch, out, n_embd, &starts, ROWS, |_, mut tile| {
-            let cols = tile.cols();
-            for (i, dx) in dx.chunks_exact(n_embd).enumerate() {
-                kernels.axpy(1.0, &dx[cols.clone()], tile.row_mut(row_of(i)));
-            }
-        });
-    }
+    let starts = [0, out.len() / n_embd];
+    machine.team.for_each_tile(&mut machine.scratch, out, n_embd, &starts, ROWS, |_, mut tile| {
+        let cols = tile.cols();
+        for (i, dx) in dx.chunks_exact(n_embd).enumerate() {
+            kernels.axpy(1.0, &dx[cols.clone()], tile.row_mut(row_of(i)));
+        }
+    });
 }

@@ -114,7 +114,13 @@ pub fn forward(
 }
 
 /// Gradient of the routing weights [n_token, k], given that of the experts' output.
-pub fn backward_routing(machine: &mut Machine, dout: &[f32], saved: &Saved, routing: &Routing, n_embd: usize) -> Vec<f32> {
+pub fn backward_routing(
+    machine: &mut Machine,
+    dout: &[f32],
+    saved: &Saved,
+    routing: &Routing,
+    n_embd: usize,
+) -> Vec<f32> {
     let kernels = Kernels::get();
     let mut drouting = vec![0.0; routing.chosen.len()];
     machine.team.for_each_chunk(&mut drouting, ROWS * routing.k, |i, drouting| {

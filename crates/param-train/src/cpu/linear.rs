@@ -18,12 +18,18 @@ pub fn forward(machine: &mut Machine, y: &mut Values, x: Matrix, weight: Matrix,
     let (n_row, n_out) = (y.n_row(), y.n_col);
     let product = Product::new(precision, x.factor(), weight.t());
     let shape = (n_out, precision.per_word());
-    machine.multiply([&mut y.words], shape, &[0, n_row], |_| product, |[out], _, cols, sums| {
-        if let Some(bias) = bias {
-            kernels.axpy(1.0, &bias[cols], sums);
-        }
-        precision.store(kernels, sums, out);
-    });
+    machine.multiply(
+        [&mut y.words],
+        shape,
+        &[0, n_row],
+        |_| product,
+        |[out], _, cols, sums| {
+            if let Some(bias) = bias {
+                kernels.axpy(1.0, &bias[cols], sums);
+            }
+            precision.store(kernels, sums, out);
+        },
+    );
 }
 
 /// The gradient of `x` given that of `y`: `dx = dy W`, or added to what is there.
@@ -31,12 +37,16 @@ pub fn backward_input(machine: &mut Machine, dx: &mut [f32], write: Write, dy: M
     let kernels = Kernels::get();
     let n_row = dx.len() / n_in;
     let product = Product::new(machine.precision, dy.factor(), weight.factor());
-    machine.multiply([dx], (n_in, 1), &[0, n_row], |_| product, |[out], _, _, sums| {
-        match write {
+    machine.multiply(
+        [dx],
+        (n_in, 1),
+        &[0, n_row],
+        |_| product,
+        |[out], _, _, sums| match write {
             Write::Replace => out.copy_from_slice(sums),
             Write::Add => kernels.axpy(1.0, sums, out),
-        }
-    });
+        },
+    );
 }
 
 /// Adds to `dweight` [n_out, n_in] the gradient `dy^T x`.

@@ -44,7 +44,11 @@ pub struct Scratch {
 
 impl Scratch {
     /// The workspace, and buffers with whatever values their last user left.
-    pub fn buffers(&mut self, n_float: [usize; 3], n_word: [usize; 2]) -> (&mut Workspace, [&mut [f32]; 3], [&mut [u32]; 2]) {
+    pub fn buffers(
+        &mut self,
+        n_float: [usize; 3],
+        n_word: [usize; 2],
+    ) -> (&mut Workspace, [&mut [f32]; 3], [&mut [u32]; 2]) {
         fn grown<T: Clone + Default>(buffer: &mut Vec<T>, n: usize) -> &mut [T] {
             if buffer.len() < n {
                 buffer.resize(n, T::default());

@@ -20,8 +20,8 @@ mod values;
 
 use std::collections::HashMap;
 
-use param_kernels::Team;
 pub use param_kernels::Precision;
+use param_kernels::Team;
 use param_model::{Config, Part, TensorSpec, tensors};
 use rand_distr::{Distribution, StandardNormal};
 
@@ -300,7 +300,8 @@ impl Model {
         for (index, block) in self.blocks.iter().enumerate() {
             let normal = mode.noise.normal(config, index, n_token);
             let pass = block::Pass { config, sequences, dropout: mode.dropout, index };
-            let block::Forward { out, saved, routing } = block.forward(machine, params, &x, normal, mode.capacity, pass);
+            let block::Forward { out, saved, routing } =
+                block.forward(machine, params, &x, normal, mode.capacity, pass);
             let input = std::mem::replace(&mut x, out);
             let kept = if keep && !*recompute {
                 Some(saved)

@@ -53,7 +53,7 @@ pub fn backward(
     x: &[f32],     // [n_row, n_col]
     scale: &[f32], // [n_col]
     saved: &Saved,
-    dx: &mut [f32],                                // [n_row, n_col]
+    dx: &mut [f32],                             // [n_row, n_col]
     (dscale, dshift): (&mut [f32], &mut [f32]), // [n_col]
 ) {
     let n_col = scale.len();

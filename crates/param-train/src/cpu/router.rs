@@ -76,7 +76,8 @@ impl Scorer<'_> {
     /// Scores of rows `x` [n_row, n_embd], in f32 whatever the precision of other products: [n_row, n_score, n_expert].
     pub fn score(self, x: &[f32], n_embd: usize, scores: &mut [f32]) {
         let kernels = Kernels::get();
-        let weights = || self.weight.chunks_exact(n_embd).chain(self.noise.into_iter().flat_map(|w| w.chunks_exact(n_embd)));
+        let weights =
+            || self.weight.chunks_exact(n_embd).chain(self.noise.into_iter().flat_map(|w| w.chunks_exact(n_embd)));
         let n = self.weight.len() / n_embd * self.n_score();
         for (x, scores) in x.chunks_exact(n_embd).zip(scores.chunks_exact_mut(n)) {
             for (score, weight) in scores.iter_mut().zip(weights()) {

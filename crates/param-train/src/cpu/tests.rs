@@ -200,7 +200,8 @@ fn a_step_needs_what_was_planned() {
         let (planned, used) = (plan.activations + plan.working, model.machine.buffers.n_byte());
         assert!(planned.abs_diff(used) <= used / 10, "{compute:?}: planned {planned}, used {used}");
         if !recompute {
-            let counted = Section::ALL.iter().map(|&section| model.profile().spent(section).operations).sum::<f64>() / 120.0;
+            let counted =
+                Section::ALL.iter().map(|&section| model.profile().spent(section).operations).sum::<f64>() / 120.0;
             // Scores are computed once more in the backward pass, as flash attention does.
             let again = (config.n_layer * config.n_embd * 41) as f64;
             let planned = operations_per_token(&config, 40) + again;
