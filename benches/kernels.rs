@@ -14,6 +14,7 @@ fn numbers(n: usize) -> Vec<f32> {
 /// [rows, depth] by [depth, columns] as training multiplies them: tokens by weights, and both kinds of gradients. The `gemm`
 /// crate beside ours.
 fn products(c: &mut Criterion) {
+    let kernels = Kernels::get();
     for (name, (m, depth, n), transposed) in [
         ("forward", (2048, 384, 1536), [false, true]),
         ("gradient of inputs", (2048, 1536, 384), [false, false]),
@@ -33,11 +34,22 @@ fn products(c: &mut Criterion) {
             let mut workspace = Workspace::default();
             group.bench_function(kind, |bencher| {
                 bencher.iter(|| {
-                    for first in (0..n).step_by(product.strip()) {
-                        let cols = first..n.min(first + product.strip());
-                        product.compute(Kernels::get(), 0..m, cols.clone(), &mut workspace, |row, sums| {
-                            out[row * n + cols.start..row * n + cols.end].copy_from_slice(sums);
-                        });
+                    if transposed[0] {
+                        // As gradients are added up: wide strips, some of the depth at a time.
+                        for first in (0..n).step_by(Product::WIDE_STRIP) {
+                            let cols = first..n.min(first + Product::WIDE_STRIP);
+                            let step = Product::short_step(precision);
+                            product.compute_steps(kernels, 0..m, cols.clone(), step, &mut workspace, |row, _, sums| {
+                                kernels.axpy(1.0, sums, &mut out[row * n + cols.start..row * n + cols.end]);
+                            });
+                        }
+                    } else {
+                        for first in (0..n).step_by(product.strip()) {
+                            let cols = first..n.min(first + product.strip());
+                            product.compute(kernels, 0..m, cols.clone(), &mut workspace, |row, sums| {
+                                out[row * n + cols.start..row * n + cols.end].copy_from_slice(sums);
+                            });
+                        }
                     }
                     black_box(&mut out);
                 });

@@ -1,6 +1,7 @@
 //! The table of kernels: every body compiled once per instruction set, and the choice made once per process.
 
 use crate::attention::Pages;
+use crate::isa::LANES;
 use crate::optimizer::AdamWStep;
 use crate::product::{Lane, Matrix, Precision};
 use crate::tiles::ActivationBlock;
@@ -113,6 +114,12 @@ kernels! {
 
     /// Products of tiles of bf16: see [`crate::TileFormat::matmul`].
     matmul_bf16 = tiles::matmul_bf16(tiles: &[u8], n_tile: usize, x: &[&[u32]], out: &mut [f32]);
+
+    /// Products of tiles of f32 with 16 rows interleaved as tiles are, `x` [n_col, 16]: `out` [16, n_tile * 16].
+    matmul_interleaved_f32 = tiles::matmul_interleaved_f32(tiles: &[u8], n_tile: usize, x: &[[f32; LANES]], out: &mut [f32]);
+
+    /// The same of bf16, `x` [n_col / 2, 16] of pairs.
+    matmul_interleaved_bf16 = tiles::matmul_interleaved_bf16(tiles: &[u8], n_tile: usize, x: &[[u32; LANES]], out: &mut [f32]);
 
     /// Quantizes `x` [n] to the nearest of 255 steps in each of `out`'s blocks [n / 32]. False if a number is not finite.
     quantize_row = tiles::quantize_row(x: &[f32], out: &mut [ActivationBlock]) -> bool;

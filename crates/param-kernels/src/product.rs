@@ -385,7 +385,7 @@ const PACKED: usize = 96 << 10;
 pub struct Workspace {
     tiles: Vec<u32>,    // [n_tile, n_word, 16]
     rows: Vec<u32>,     // [ROWS, n_word]
-    products: Vec<f32>, // [ROWS, n_tile * 16]
+    products: Vec<f32>, // [ROWS, n_tile * 16], whole tiles of rows
     totals: Vec<f32>,   // [n_row, n_col] of a part of a product
 }
 
@@ -510,8 +510,8 @@ impl<'a> Product<'a> {
             kernels.pack(&self.right.matrix, lane, to, cols.start, words.clone(), false, tiles);
             for block in rows.clone().step_by(ROWS) {
                 let n_row = ROWS.min(rows.end - block);
-                let products = aligned(&mut workspace.products, n_row * width);
-                if depth == 0 {
+                let products = aligned(&mut workspace.products, n_row.next_multiple_of(LANES) * width);
+                if depth == 0 || width == 0 {
                     products.fill(0.0);
                 } else {
                     self.block(
@@ -524,14 +524,14 @@ impl<'a> Product<'a> {
                         products,
                     );
                 }
-                for (i, products) in products.chunks_exact_mut(width.max(1)).enumerate() {
+                for (i, products) in products.chunks_exact_mut(width.max(1)).take(n_row).enumerate() {
                     write(block + i, first == 0, &mut products[..cols.len()]);
                 }
             }
         }
     }
 
-    /// Up to [`ROWS`] rows by packed tiles.
+    /// Up to [`ROWS`] rows by packed tiles. `products` has room for whole tiles of rows.
     fn block(
         &self,
         kernels: &Kernels,
@@ -543,23 +543,35 @@ impl<'a> Product<'a> {
         products: &mut [f32],
     ) {
         let (left, to, n_word) = (&self.left.matrix, self.precision, words.len());
+        let width = n_tile * TILE_ROWS;
+        let tiles = bytemuck::cast_slice(tiles);
+        if self.left.transposed {
+            // Its rows are columns of what is stored: interleaved they are copied, not transposed.
+            let packed = aligned(packed, rows.len().next_multiple_of(LANES) * n_word);
+            kernels.pack(left, Lane::Col, to, rows.start, words, false, packed);
+            for (x, out) in packed.chunks_exact(LANES * n_word).zip(products.chunks_exact_mut(LANES * width)) {
+                match to {
+                    Precision::F32 => kernels.matmul_interleaved_f32(tiles, n_tile, bytemuck::cast_slice(x), out),
+                    Precision::Bf16 => kernels.matmul_interleaved_bf16(tiles, n_tile, bytemuck::cast_slice(x), out),
+                }
+            }
+            return;
+        }
+        let products = &mut products[..rows.len() * width];
         let mut x: [&[u32]; ROWS] = [&[]; ROWS];
         // Rows that end within a word could bring along what lies behind them.
         let is_whole = words.end * to.per_word() <= left.n_col || left.stride == to.words(left.n_col);
-        if !self.left.transposed && left.precision == to && is_whole {
+        if left.precision == to && is_whole {
             for (x, row) in x.iter_mut().zip(rows.clone()) {
                 *x = left.row(row, words.clone());
             }
         } else {
-            let lane = if self.left.transposed { Lane::Col } else { Lane::Row };
-            let n_lane = rows.len().next_multiple_of(LANES);
-            let packed = aligned(packed, n_lane * n_word);
-            kernels.pack(left, lane, to, rows.start, words.clone(), true, packed);
+            let packed = aligned(packed, rows.len().next_multiple_of(LANES) * n_word);
+            kernels.pack(left, Lane::Row, to, rows.start, words, true, packed);
             for (x, row) in x.iter_mut().zip(packed.chunks_exact(n_word).take(rows.len())) {
                 *x = row;
             }
         }
-        let tiles = bytemuck::cast_slice(tiles);
         match to {
             Precision::Bf16 => kernels.matmul_bf16(tiles, n_tile, &x[..rows.len()], products),
             Precision::F32 => {

@@ -100,6 +100,61 @@ pub(crate) fn matmul_bf16<I: Isa>(tiles: &[u8], n_tile: usize, x: &[&[u32]], out
 /// Columns whose products are summed apart: one fused multiply-add waits four cycles for the one before it.
 const CHAINS: usize = 2;
 
+/// Activations of T rows.
+trait Rows<A: Copy, const T: usize>: Copy {
+    /// Columns, of bf16 pairs of them.
+    fn len(&self) -> usize;
+    /// That of row `t` in column `i`.
+    fn get(&self, t: usize, i: usize) -> A;
+}
+
+/// Row by row, of one length.
+#[derive(Clone, Copy)]
+struct Separate<'a, A, const T: usize>([&'a [A]; T]);
+
+impl<'a, A: Copy, const T: usize> Separate<'a, A, T> {
+    #[inline(always)]
+    fn new(x: &[&'a [A]; T]) -> Self {
+        let n = x[0].len();
+        let mut rows = *x;
+        for t in 0..T {
+            rows[t] = &x[t][..n];
+        }
+        Separate(rows)
+    }
+}
+
+impl<A: Copy, const T: usize> Rows<A, T> for Separate<'_, A, T> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.0[0].len()
+    }
+
+    #[inline(always)]
+    fn get(&self, t: usize, i: usize) -> A {
+        self.0[t][i]
+    }
+}
+
+/// Column by column, from lane `first` on.
+#[derive(Clone, Copy)]
+struct Interleaved<'a, A> {
+    columns: &'a [[A; TILE_ROWS]],
+    first: usize,
+}
+
+impl<A: Copy, const T: usize> Rows<A, T> for Interleaved<'_, A> {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        self.columns.len()
+    }
+
+    #[inline(always)]
+    fn get(&self, t: usize, i: usize) -> A {
+        self.columns[i][(self.first + t) % TILE_ROWS]
+    }
+}
+
 #[inline(always)]
 fn rows<C: Column, I: Isa, const R: usize, const T: usize, const FIRST: bool>(
     tiles: [&[u8]; R],
@@ -107,14 +162,55 @@ fn rows<C: Column, I: Isa, const R: usize, const T: usize, const FIRST: bool>(
     out: &mut [f32],           // [T, R * 16], tokens `width` apart
     width: usize,
 ) {
-    let n = x[0].len();
+    multiply_rows::<C, I, _, R, T, FIRST>(tiles, Separate::new(x), out, width);
+}
+
+/// See [`crate::Kernels::matmul_interleaved_f32`].
+#[inline(always)]
+pub(crate) fn matmul_interleaved_f32<I: Isa>(tiles: &[u8], n_tile: usize, x: &[[f32; TILE_ROWS]], out: &mut [f32]) {
+    interleaved::<F32, I>(tiles, n_tile, x, out);
+}
+
+/// See [`crate::Kernels::matmul_interleaved_bf16`].
+#[inline(always)]
+pub(crate) fn matmul_interleaved_bf16<I: Isa>(tiles: &[u8], n_tile: usize, x: &[[u32; TILE_ROWS]], out: &mut [f32]) {
+    interleaved::<Bf16, I>(tiles, n_tile, x, out);
+}
+
+#[inline(always)]
+fn interleaved<C: Column, I: Isa>(tiles: &[u8], n_tile: usize, x: &[[C::Activation; TILE_ROWS]], out: &mut [f32]) {
+    const ROWS: usize = 4;
+    let width = n_tile * TILE_ROWS;
+    assert!(out.len() == TILE_ROWS * width && tiles.len() == width * x.len() * C::BYTES / TILE_ROWS);
+    let tile_bytes = x.len() * C::BYTES;
+    let mut first = 0;
+    while first < n_tile {
+        let two = I::Tile::WIDE && first + 2 <= n_tile;
+        let tile = |i: usize| &tiles[(first + i) * tile_bytes..(first + i + 1) * tile_bytes];
+        for lane in (0..TILE_ROWS).step_by(ROWS) {
+            let x = Interleaved { columns: x, first: lane };
+            let out = &mut out[lane * width + first * TILE_ROWS..];
+            if two {
+                multiply_rows::<C, I, _, 2, ROWS, false>([tile(0), tile(1)], x, out, width);
+            } else {
+                multiply_rows::<C, I, _, 1, ROWS, false>([tile(0)], x, out, width);
+            }
+        }
+        first += if two { 2 } else { 1 };
+    }
+}
+
+#[inline(always)]
+fn multiply_rows<C: Column, I: Isa, X: Rows<C::Activation, T>, const R: usize, const T: usize, const FIRST: bool>(
+    tiles: [&[u8]; R],
+    x: X,
+    out: &mut [f32], // [T, R * 16], rows `width` apart
+    width: usize,
+) {
+    let n = x.len();
     let mut columns = tiles;
     for r in 0..R {
         columns[r] = &tiles[r][..n * C::BYTES];
-    }
-    let mut rows = *x;
-    for t in 0..T {
-        rows[t] = &x[t][..n];
     }
     let mut acc = [[[I::Tile::splat(0.0); R]; T]; CHAINS];
     let n_pair = n / CHAINS;
@@ -124,7 +220,7 @@ fn rows<C: Column, I: Isa, const R: usize, const T: usize, const FIRST: bool>(
                 columns.iter().for_each(|columns| prefetch::<C, I>(columns, pair * CHAINS));
             }
             for chain in 0..CHAINS {
-                multiply::<C, I, R, T>(&mut acc[chain], &columns, &rows, pair * CHAINS + chain);
+                multiply::<C, I, X, R, T>(&mut acc[chain], &columns, x, pair * CHAINS + chain);
             }
         }
     } else {
@@ -135,13 +231,13 @@ fn rows<C: Column, I: Isa, const R: usize, const T: usize, const FIRST: bool>(
                 if FIRST && chain == 0 {
                     columns.iter().for_each(|columns| prefetch::<C, I>(columns, pair * CHAINS));
                 }
-                multiply::<C, I, R, T>(&mut sums, &columns, &rows, pair * CHAINS + chain);
+                multiply::<C, I, X, R, T>(&mut sums, &columns, x, pair * CHAINS + chain);
             }
             acc[chain] = sums;
         }
     }
     if !n.is_multiple_of(CHAINS) {
-        multiply::<C, I, R, T>(&mut acc[0], &columns, &rows, n - 1);
+        multiply::<C, I, X, R, T>(&mut acc[0], &columns, x, n - 1);
     }
     let mut sums = acc[0];
     for t in 0..T {
@@ -160,17 +256,17 @@ fn prefetch<C: Column, I: Isa>(columns: &[u8], i: usize) {
 
 /// Adds the products of column `i`.
 #[inline(always)]
-fn multiply<C: Column, I: Isa, const R: usize, const T: usize>(
+fn multiply<C: Column, I: Isa, X: Rows<C::Activation, T>, const R: usize, const T: usize>(
     acc: &mut [[<I::Tile as Registers>::Floats; R]; T],
     columns: &[&[u8]; R],
-    x: &[&[C::Activation]; T],
+    x: X,
     i: usize,
 ) {
     let at = i * C::BYTES..(i + 1) * C::BYTES;
     for r in 0..R {
         let w = &columns[r][at.clone()];
         for t in 0..T {
-            acc[t][r] = C::madd::<I::Tile>(acc[t][r], w, x[t][i]);
+            acc[t][r] = C::madd::<I::Tile>(acc[t][r], w, x.get(t, i));
         }
     }
 }

@@ -19,7 +19,7 @@ use crate::isa::Isa;
 
 pub use activation::ActivationBlock;
 pub(crate) use activation::{pair_row, quantize_rest, quantize_row, to_bf16};
-pub(crate) use float::{matmul_bf16, matmul_f16, matmul_f32};
+pub(crate) use float::{matmul_bf16, matmul_f16, matmul_f32, matmul_interleaved_bf16, matmul_interleaved_f32};
 #[cfg(target_arch = "aarch64")]
 pub(crate) use neon::NeonRegisters;
 pub(crate) use q4_k::matmul as matmul_q4_k;
