@@ -3,7 +3,7 @@
 use crate::attention::Pages;
 use crate::isa::LANES;
 use crate::optimizer::AdamWStep;
-use crate::product::{Lane, Matrix, Precision};
+use crate::product::{Matrix, Packing, Precision};
 use crate::tiles::ActivationBlock;
 use half::f16;
 use std::ops::Range;
@@ -137,10 +137,10 @@ kernels! {
     /// `sums[j] += sum_i m[i, j]`, in row order.
     add_column_sums = product::add_column_sums(m: &Matrix<'_>, sums: &mut [f32]);
 
-    /// Copies lanes of a matrix (its rows or columns) from lane `first_lane` on, words `words` of their depth, in tiles of 16 lanes
-    /// for [`crate::Product`]: `out` [n_tile, n_word, 16], or by lanes, [n_tile, 16, n_word]. What lies beyond the matrix is zero.
+    /// Packs lanes of a matrix (its rows or columns) from lane `first_lane` on, words `words` of their depth, in tiles of 16 lanes for
+    /// [`crate::Product`]: `out` [n_tile, tile as `packing` says]. What lies beyond the matrix is zero.
     pack = product::pack(
-        m: &Matrix<'_>, lane: Lane, to: Precision, first_lane: usize, words: Range<usize>, by_lane: bool, out: &mut [u32],
+        m: &Matrix<'_>, packing: Packing, to: Precision, first_lane: usize, words: Range<usize>, out: &mut [u32],
     );
 
     /// One step of AdamW over parameters, gradients and both moments, all [n]; the gradients become zero.

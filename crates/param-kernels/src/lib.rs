@@ -28,7 +28,7 @@ pub use dispatch::Kernels;
 pub use optimizer::AdamWStep;
 pub use prefetch::{prefetch, prefetch_for_later};
 pub use probe::{Arithmetic, arithmetic_peak};
-pub use product::{Factor, Lane, Matrix, Precision, Product, Workspace};
+pub use product::{Factor, Matrix, Packing, Precision, Product, Workspace};
 pub use spmd::{Team, Tile, available_threads};
 pub use tiles::{ActivationBlock, Inputs, Operand, TILE_ROWS, TileFormat};
 pub use topk::top_k;

@@ -165,13 +165,15 @@ impl Factor<'_> {
     }
 }
 
-/// Which index of a matrix the lanes of a block run along.
+/// How 16 lanes of a matrix are packed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Lane {
-    /// Lanes are rows, a word's elements neighbours in a row.
-    Row,
-    /// Lanes are columns, a word's elements neighbours in a column.
-    Col,
+pub enum Packing {
+    /// Lanes are columns, a word's elements neighbours in a column: [n_word, 16].
+    Cols,
+    /// Lanes are rows, a word's elements neighbours in a row: [n_word, 16].
+    Rows,
+    /// The same row by row: [16, n_word].
+    RowByRow,
 }
 
 #[inline(always)]
@@ -217,30 +219,28 @@ fn down(m: &Matrix<'_>, to: Precision, w: usize, j: usize) -> [u32; LANES] {
     y
 }
 
-/// Copies lanes from lane `first_lane` on, words `words` of their depth, in tiles of 16 lanes: `out` [n_tile, n_word, 16], or by
-/// lanes, [n_tile, 16, n_word]. What lies beyond the matrix is zero.
+/// See [`Kernels::pack`].
 #[inline(always)]
 pub(crate) fn pack<I: Isa>(
     m: &Matrix<'_>,
-    lane: Lane,
+    packing: Packing,
     to: Precision,
     first_lane: usize,
     words: Range<usize>,
-    by_lane: bool,
     out: &mut [u32],
 ) {
     assert!(m.precision == Precision::F32 || to == Precision::Bf16, "bf16 is not widened");
     let n_word = words.len();
     let tile_len = LANES * n_word;
     let n_tile = out.len() / tile_len.max(1);
-    let (n_lane, depth) = if lane == Lane::Row { (m.n_row, m.n_col) } else { (m.n_col, m.n_row) };
+    let (n_lane, depth) = if packing == Packing::Cols { (m.n_col, m.n_row) } else { (m.n_row, m.n_col) };
     let whole_tiles = n_tile.min(n_lane.saturating_sub(first_lane) / LANES);
     let whole_words = depth / to.per_word();
     for first in words.clone().step_by(LANES) {
         let n = LANES.min(words.end - first);
         let at = first - words.start;
         let n_whole = if n == LANES && first + LANES <= whole_words { whole_tiles } else { 0 };
-        if lane == Lane::Col && !by_lane {
+        if packing == Packing::Cols {
             // Row after row, as they lie in memory.
             for i in 0..if n_whole > 0 { LANES } else { 0 } {
                 ask(m, to.per_word() * (first + i + LANES), to.per_word(), first_lane, n_whole * LANES);
@@ -253,21 +253,19 @@ pub(crate) fn pack<I: Isa>(
             }
         } else {
             for tile in 0..n_whole {
-                let first_lane = first_lane + tile * LANES;
                 let mut block = [[0; LANES]; LANES];
                 for i in 0..LANES {
-                    block[i] = match lane {
-                        Lane::Row => {
-                            ask_further(m, to, first_lane + i, first);
-                            along(m, to, first_lane + i, first)
-                        }
-                        Lane::Col => down(m, to, first + i, first_lane),
-                    };
+                    let row = first_lane + tile * LANES + i;
+                    ask_further(m, to, row, first);
+                    block[i] = along(m, to, row, first);
                 }
-                if (lane == Lane::Row) != by_lane {
+                let (start, stride) = match packing {
+                    Packing::RowByRow => (at, n_word),
+                    _ => (at * LANES, LANES),
+                };
+                if packing == Packing::Rows {
                     block = I::transpose(block);
                 }
-                let (start, stride) = if by_lane { (at, n_word) } else { (at * LANES, LANES) };
                 let out = &mut out[tile * tile_len..(tile + 1) * tile_len];
                 for i in 0..LANES {
                     if let Some(to) = out[start + i * stride..].first_chunk_mut() {
@@ -278,7 +276,7 @@ pub(crate) fn pack<I: Isa>(
         }
         for tile in n_whole..n_tile {
             let out = &mut out[tile * tile_len..(tile + 1) * tile_len];
-            edge(m, lane, to, first_lane + tile * LANES, first..first + n, at, by_lane, out);
+            edge(m, packing, to, first_lane + tile * LANES, first..first + n, at, out);
         }
     }
 }
@@ -310,26 +308,28 @@ fn ask_further(m: &Matrix<'_>, to: Precision, i: usize, w: usize) {
 #[inline(never)]
 fn edge(
     m: &Matrix<'_>,
-    lane: Lane,
+    packing: Packing,
     to: Precision,
     first_lane: usize,
     words: Range<usize>,
     at: usize,
-    by_lane: bool,
     tile: &mut [u32],
 ) {
     let n_word = tile.len() / LANES;
     for (word, depth) in words.enumerate() {
         for i in 0..LANES {
-            let element = |d: usize| match lane {
-                Lane::Row => m.get(first_lane + i, d),
-                Lane::Col => m.get(d, first_lane + i),
+            let element = |d: usize| match packing {
+                Packing::Cols => m.get(d, first_lane + i),
+                Packing::Rows | Packing::RowByRow => m.get(first_lane + i, d),
             };
             let value = match to {
                 Precision::F32 => element(depth),
                 Precision::Bf16 => pair(element(2 * depth), element(2 * depth + 1)),
             };
-            let place = if by_lane { i * n_word + at + word } else { (at + word) * LANES + i };
+            let place = match packing {
+                Packing::RowByRow => i * n_word + at + word,
+                Packing::Cols | Packing::Rows => (at + word) * LANES + i,
+            };
             tile[place] = value;
         }
     }
@@ -426,7 +426,7 @@ impl<'a> Product<'a> {
 
     /// Columns of a strip, of which a part [`Product::step`] deep stays in cache when packed.
     const STRIP: usize = 128;
-    /// The same where sums go where they add up, [`Product::SHORT_STEP`] at a time.
+    /// The same where sums are added to what is there, [`Product::short_step`] at a time.
     pub const WIDE_STRIP: usize = 384;
 
     /// Columns that are best computed together: a strip, or more of them where the depth is small.
@@ -506,8 +506,8 @@ impl<'a> Product<'a> {
             let words = first / to.per_word()..to.words(depth.min(first.saturating_add(step)));
             let n_word = words.len();
             let tiles = aligned(&mut workspace.tiles, n_tile * n_word * TILE_ROWS);
-            let lane = if self.right.transposed { Lane::Row } else { Lane::Col };
-            kernels.pack(&self.right.matrix, lane, to, cols.start, words.clone(), false, tiles);
+            let packing = if self.right.transposed { Packing::Rows } else { Packing::Cols };
+            kernels.pack(&self.right.matrix, packing, to, cols.start, words.clone(), tiles);
             for block in rows.clone().step_by(ROWS) {
                 let n_row = ROWS.min(rows.end - block);
                 let products = aligned(&mut workspace.products, n_row.next_multiple_of(LANES) * width);
@@ -548,7 +548,7 @@ impl<'a> Product<'a> {
         if self.left.transposed {
             // Its rows are columns of what is stored: interleaved they are copied, not transposed.
             let packed = aligned(packed, rows.len().next_multiple_of(LANES) * n_word);
-            kernels.pack(left, Lane::Col, to, rows.start, words, false, packed);
+            kernels.pack(left, Packing::Cols, to, rows.start, words, packed);
             for (x, out) in packed.chunks_exact(LANES * n_word).zip(products.chunks_exact_mut(LANES * width)) {
                 match to {
                     Precision::F32 => kernels.matmul_interleaved_f32(tiles, n_tile, bytemuck::cast_slice(x), out),
@@ -567,7 +567,7 @@ impl<'a> Product<'a> {
             }
         } else {
             let packed = aligned(packed, rows.len().next_multiple_of(LANES) * n_word);
-            kernels.pack(left, Lane::Row, to, rows.start, words, true, packed);
+            kernels.pack(left, Packing::RowByRow, to, rows.start, words, packed);
             for (x, row) in x.iter_mut().zip(packed.chunks_exact(n_word).take(rows.len())) {
                 *x = row;
             }
