@@ -5,6 +5,7 @@ would write for speed) or "capacity" (the reference's one-hot dispatch with its 
 """
 
 import json
+import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """The keys of a checkpoint's `config.json` that bear on the model."""
+    """The keys of a checkpoint's `config.json`, or of a preset's `.toml`, that bear on the model."""
 
     vocab_size: int
     context_length: int
@@ -45,8 +46,9 @@ class Config:
 
     @classmethod
     def load(cls, path):
-        known = {field.name for field in fields(cls)}
-        return cls(**{key: value for key, value in json.loads(Path(path).read_text()).items() if key in known})
+        path, known = Path(path), {field.name for field in fields(cls)}
+        parse = tomllib.loads if path.suffix == ".toml" else json.loads
+        return cls(**{key: value for key, value in parse(path.read_text()).items() if key in known})
 
     def is_moe(self, layer):
         return self.num_experts > 1 and layer % self.stride == self.moe_phase
@@ -136,10 +138,15 @@ class Experts(nn.Module):
         y = torch.bmm(y, self.c_proj)
         return self.dropout(y + self.proj_bias if self.has_bias else y)
 
-    def one(self, e, x):  # [n, d]
-        y = x @ self.c_fc[e]
-        y = self.activation(y + self.fc_bias[e] if self.has_bias else y) @ self.c_proj[e]
-        return self.dropout(y + self.proj_bias[e] if self.has_bias else y)
+    def each(self, parts):
+        """Each expert on its own rows, [n, d] of any n; the results one after the other. Matrices by unbind, because the
+        gradient of `c_fc[e]` would be as large as that of `c_fc`."""
+        biases = (self.fc_bias.unbind(), self.proj_bias.unbind()) if self.has_bias else ([0.0] * len(parts),) * 2
+        results = []
+        for x, fc, proj, fc_bias, proj_bias in zip(parts, self.c_fc.unbind(), self.c_proj.unbind(), *biases):
+            if x.shape[0] > 0:
+                results.append(self.dropout(self.activation(x @ fc + fc_bias) @ proj + proj_bias))
+        return torch.cat(results)
 
 
 class MoE(nn.Module):
@@ -156,14 +163,14 @@ class MoE(nn.Module):
         return apply(flat, self.chosen, weights).view_as(x)
 
     def gather(self, x, chosen, weights):
-        """Each expert on the rows that chose it."""
-        out = torch.zeros_like(x)
-        for e in range(self.config.num_experts):
-            rows, slots = (chosen == e).nonzero(as_tuple=True)
-            if rows.numel() > 0:
-                y = self.experts.one(e, x[rows])
-                out = out.index_add(0, rows, y * weights[rows, slots].unsqueeze(1).to(y.dtype))
-        return out
+        """Each expert on the rows that chose it, which are brought together by sorting."""
+        expert_of = chosen.flatten()  # [N k]
+        order = expert_of.argsort(stable=True)
+        counts = expert_of.bincount(minlength=self.config.num_experts).tolist()
+        rows = order // self.config.top_k
+        y = self.experts.each(x[rows].split(counts))  # [N k, d]
+        y = y * weights.flatten()[order].unsqueeze(1).to(y.dtype)
+        return torch.zeros_like(x).index_add(0, rows, y.to(x.dtype))
 
     def capacity(self, x, chosen, weights):
         """Queues of limited length, filled with all first choices, then all second ones; dispatch by one-hot products."""
@@ -171,7 +178,7 @@ class MoE(nn.Module):
         cap = int(config.top_k * (config.train_capacity if self.training else config.eval_capacity) * N / E)
         cap = max(cap + cap % 2, config.min_capacity)
         one_hot = F.one_hot(chosen.T, E)  # [k, N, E], slot-major
-        rank = (one_hot.view(-1, E).cumsum(0) - 1).view(-1, N, E)
+        rank = (one_hot.reshape(-1, E).cumsum(0) - 1).view(-1, N, E)
         rank = (rank * one_hot).sum(-1)  # [k, N]
         places = torch.arange(cap, device=x.device)
         # One-hot over places is all zero where the rank is beyond the last: such pairs are dropped.
@@ -261,7 +268,9 @@ class Param(nn.Module):
         """Cross-entropy of the next token plus the weighted router losses, summed over blocks; padding is not predicted."""
         logits = self(ids, attention_mask, noise=noise)
         targets = ids[:, 1:] if attention_mask is None else ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
-        loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]).float(), targets.reshape(-1))
+        # The last position has no target: ignored, since cutting it off would copy all logits.
+        targets = F.pad(targets, (0, 1), value=-100)
+        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))
         # As in the reference, the z loss counts only together with the load balance.
         if self.config.use_aux_loss:
             for block in self.transformer_blocks:

@@ -67,14 +67,12 @@ impl Engine {
         match self.kind {
             Kind::Ours | Kind::Ggml => command.arg("-m").arg(model).args(["-p", N_PROMPT, "-n", N_GEN]).args(self.args),
             Kind::Torch => {
-                command.arg(torch_script()).arg("--checkpoint").arg(model);
+                command.arg(torch_script("bench_inference.py")).arg("--checkpoint").arg(model);
                 command.args(["--dtype", weights.name, "-p", N_PROMPT]).args(self.args)
             }
         };
-        let before = others::Snapshot::now();
-        let text = output(command.args(["-r", "1", "-t", &n_thread.to_string()]))?;
-        let others = before.and_then(|before| before.cores_until_now());
-        let mut rows: Vec<Value> = serde_json::from_str(&text).with_context(|| format!("rows of {}", self.name))?;
+        let (text, others) = others::beside(|| output(command.args(["-r", "1", "-t", &n_thread.to_string()])));
+        let mut rows: Vec<Value> = serde_json::from_str(&text?).with_context(|| format!("rows of {}", self.name))?;
         rows.iter_mut().for_each(|row| row["other_cores"] = json!(others));
         Ok(rows)
     }
@@ -89,7 +87,11 @@ impl Engine {
         let mut command = Command::new(&self.program);
         match self.kind {
             Kind::Ours | Kind::Ggml => command.arg("-m").arg(model),
-            Kind::Torch => command.arg(torch_script()).arg("--checkpoint").arg(model).args(["--dtype", weights.name]),
+            Kind::Torch => command
+                .arg(torch_script("bench_inference.py"))
+                .arg("--checkpoint")
+                .arg(model)
+                .args(["--dtype", weights.name]),
         };
         // Two threads, so that what they share out is checked too.
         command
@@ -101,6 +103,6 @@ impl Engine {
 }
 
 /// In the folder beside this crate's; it was there when this was compiled.
-fn torch_script() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("torch").join("bench_inference.py")
+pub fn torch_script(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("torch").join(name)
 }

@@ -1,4 +1,5 @@
-//! Runs ours and the peers in turn, and puts what they reach in one table; or holds the peers' logits against ours.
+//! Runs ours and the peers in turn, and puts what they reach in one table: decode and prefill, or training. Or holds the
+//! peers' logits against ours.
 #![forbid(unsafe_code)]
 
 mod check;
@@ -7,6 +8,8 @@ mod machine;
 mod models;
 mod others;
 mod results;
+mod table;
+mod training;
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -20,10 +23,12 @@ use crate::machine::Machine;
 use crate::models::{Weights, bytes_per_token};
 use crate::results::Results;
 
-/// Measure decode and prefill of one model on this project's runtime and on what a user would pick instead.
+/// Measure decode and prefill of one model on this project's runtime and on what a user would pick instead; with --train,
+/// training on this project's trainer and on PyTorch.
 ///
-/// All engines take turns, and the memory bandwidth is measured after each, so that what else happens on the machine meets
-/// all of them alike. Each turn is a process of its own: a warm-up and one timed run of each test.
+/// All engines take turns, and what the machine can do is measured after each, so that what else happens on the machine
+/// meets all of them alike. Each turn is a process of its own: a warm-up and one timed run of each test (of --train: some
+/// timed steps).
 #[derive(Parser)]
 pub struct Args {
     /// Folder of the models; missing ones are made in it (random weights, the flagship's shape)
@@ -32,16 +37,16 @@ pub struct Args {
     /// Folder of param-bench, param-run, param-train and param-convert
     #[arg(long, value_name = "DIR")]
     param_bin: PathBuf,
-    /// Python with torch, safetensors and numpy: measures the PyTorch peer too
+    /// Python with torch, safetensors and numpy: measures the PyTorch peer too; needed by --train
     #[arg(long, value_name = "PYTHON")]
     torch: Option<PathBuf>,
-    /// Numbers of threads
-    #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "1,2")]
+    /// Numbers of threads [default: 1,2; 2 with --train]
+    #[arg(short, long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..))]
     threads: Vec<u16>,
-    /// Turns of every engine [default: 5; 2 with --quick]
+    /// Turns of every engine [default: 5, of --train 3; 2 with --quick]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     repetitions: Option<u16>,
-    /// Two kinds of weights and two turns
+    /// Two turns of two kinds of weights; of --train, without the largest model
     #[arg(long)]
     quick: bool,
     /// Only these kinds of weights: default, q4_k, q8_0, q4_0, f16 (for PyTorch: f32, bf16)
@@ -56,6 +61,8 @@ pub struct Args {
     /// Measure nothing: compare the logits of every peer with ours
     #[arg(long)]
     check: bool,
+    #[command(flatten)]
+    training: training::Options,
 }
 
 impl Args {
@@ -69,6 +76,16 @@ impl Args {
         self.models.join("half")
     }
 
+    /// Numbers of threads: those given, or `default`.
+    fn threads(&self, default: &[u16]) -> Vec<u16> {
+        if self.threads.is_empty() { default.to_vec() } else { self.threads.clone() }
+    }
+
+    /// Turns of every engine; `default` of a full run.
+    fn turns(&self, default: u16) -> u16 {
+        self.repetitions.unwrap_or(if self.quick { 2 } else { default })
+    }
+
     fn wants(&self, weights: &str) -> bool {
         match (&self.weights[..], self.quick) {
             ([], false) => true,
@@ -80,7 +97,12 @@ impl Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match if args.check { check::run(&args) } else { run(&args) } {
+    let result = match (args.check, args.training.train) {
+        (true, _) => check::run(&args),
+        (_, true) => training::run(&args),
+        _ => run(&args),
+    };
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -112,13 +134,13 @@ fn run(args: &Args) -> Result<()> {
         }
     }
     let machine = Machine::new(args);
-    let repetitions = args.repetitions.unwrap_or(if args.quick { 2 } else { 5 });
+    let (turns, threads) = (args.turns(5), args.threads(&[1, 2]));
     let mut results = Results::default();
-    for turn in 1..=repetitions {
+    for turn in 1..=turns {
         for (weights, path, _, users) in &cases {
-            for &n_thread in &args.threads {
+            for &n_thread in &threads {
                 for engine in users {
-                    eprintln!("turn {turn} of {repetitions}: {}, {n_thread} thread(s), {}", weights.label, engine.name);
+                    eprintln!("turn {turn} of {turns}: {}, {n_thread} thread(s), {}", weights.label, engine.name);
                     others::wait(Duration::from_secs(args.patience));
                     let rows = engine.rows(path, weights, n_thread)?;
                     results.add((weights.name, engine.name, n_thread, turn), rows, machine.measure(n_thread)?);
@@ -127,25 +149,30 @@ fn run(args: &Args) -> Result<()> {
         }
     }
     for (weights, _, bytes, users) in &cases {
-        for &n_thread in &args.threads {
+        for &n_thread in &threads {
             results.tabulate(weights, *bytes, n_thread, &users.iter().map(|engine| engine.name).collect::<Vec<_>>());
         }
     }
     print!("{}", results.table());
-    if let Some(file) = &args.json {
-        let document = json!({
-            "date": output(Command::new("date").args(["-u", "+%FT%TZ"]))?.trim(),
-            "param": output(args.program("param-bench").arg("--version"))?.trim(),
-            "cpu": cpu_name(),
-            "threads": args.threads,
+    save(
+        args,
+        json!({
+            "threads": threads,
             "bytes_per_token": cases.iter().map(|c| (c.0.name.to_owned(), json!(c.2))).collect::<serde_json::Map<_, _>>(),
             "rows": results.rows(),
             "machine": results.machine_rows(),
-        });
-        let text = serde_json::to_string_pretty(&document)? + "\n";
-        std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))?;
-    }
-    Ok(())
+        }),
+    )
+}
+
+/// Writes `document`, with when and on what it was measured, to the file of --json, if there is one.
+fn save(args: &Args, mut document: Value) -> Result<()> {
+    let Some(file) = &args.json else { return Ok(()) };
+    document["date"] = json!(output(Command::new("date").args(["-u", "+%FT%TZ"]))?.trim());
+    document["param"] = json!(output(args.program("param-bench").arg("--version"))?.trim());
+    document["cpu"] = cpu_name();
+    let text = serde_json::to_string_pretty(&document)? + "\n";
+    std::fs::write(file, text).with_context(|| format!("writing {}", file.display()))
 }
 
 /// The processor as Linux names it.

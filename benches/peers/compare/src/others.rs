@@ -21,8 +21,15 @@ pub fn wait(patience: Duration) {
     }
 }
 
+/// What `f` returns, and the cores that others kept busy meanwhile.
+pub fn beside<T>(f: impl FnOnce() -> T) -> (T, Option<f64>) {
+    let before = Snapshot::now();
+    let result = f();
+    (result, before.and_then(|before| before.cores_until_now()))
+}
+
 /// Processor time so far.
-pub struct Snapshot {
+struct Snapshot {
     /// Of all processes and of the hypervisor, in ticks.
     busy: f64,
     /// Of this process's children that have ended, in ticks.
@@ -31,14 +38,14 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    pub fn now() -> Option<Snapshot> {
+    fn now() -> Option<Snapshot> {
         let busy = busy(&std::fs::read_to_string("/proc/stat").ok()?)?;
         let children = children(&std::fs::read_to_string("/proc/self/stat").ok()?)?;
         Some(Snapshot { busy, children, at: Instant::now() })
     }
 
     /// Cores that others kept busy since, on average.
-    pub fn cores_until_now(&self) -> Option<f64> {
+    fn cores_until_now(&self) -> Option<f64> {
         let now = Snapshot::now()?;
         let ticks = (now.busy - self.busy) - (now.children - self.children);
         let cores = ticks / TICKS / now.at.duration_since(self.at).as_secs_f64();

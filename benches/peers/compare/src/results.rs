@@ -1,11 +1,10 @@
 //! What the runs gave: every row as it came, and the table of their medians.
 
-use std::fmt::Write;
-
 use serde_json::{Value, json};
 
 use crate::machine;
 use crate::models::Weights;
+use crate::table::{Spread, cores, markdown, text};
 
 #[derive(Default)]
 pub struct Results {
@@ -88,7 +87,7 @@ impl Results {
                 share,
                 text(&of_test(false)),
                 isa.to_owned(),
-                others.map_or(String::new(), |s| format!("{:.1} ({:.1}–{:.1})", s.median, s.min, s.max)),
+                cores(&others),
                 read,
                 int8,
                 bf16,
@@ -98,51 +97,9 @@ impl Results {
         self.lines.extend(lines);
     }
 
-    /// Markdown, columns aligned; those with nothing in them are left out.
     pub fn table(&self) -> String {
-        let columns = (0..HEADINGS.len()).filter(|&c| self.lines.iter().any(|line| !line[c].is_empty()));
-        let columns = columns.map(|c| {
-            let longest = self.lines.iter().map(|line| line[c].chars().count()).max().unwrap_or(0);
-            (c, longest.max(HEADINGS[c].len()))
-        });
-        let columns = columns.collect::<Vec<_>>();
-        let mut table = String::new();
-        let mut line = |cell: &dyn Fn(usize, usize) -> String| {
-            for &(c, width) in &columns {
-                write!(table, "| {:<width$} ", cell(c, width)).expect("strings take any text");
-            }
-            table.push_str("|\n");
-        };
-        line(&|c, _| HEADINGS[c].to_owned());
-        line(&|_, width| "-".repeat(width));
-        for cells in &self.lines {
-            line(&|c, _| cells[c].clone());
-        }
-        table
+        markdown(&HEADINGS, &self.lines)
     }
-}
-
-/// Median, least and greatest.
-struct Spread {
-    median: f64,
-    min: f64,
-    max: f64,
-}
-
-impl Spread {
-    fn of(values: impl Iterator<Item = f64>) -> Option<Spread> {
-        let mut sorted = values.collect::<Vec<_>>();
-        sorted.sort_by(f64::total_cmp);
-        let (&min, &max) = (sorted.first()?, sorted.last()?);
-        Some(Spread { median: (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0, min, max })
-    }
-}
-
-/// `median (min–max)`, in three figures or so.
-fn text(spread: &Option<Spread>) -> String {
-    let Some(Spread { median, min, max }) = spread else { return String::new() };
-    let digits = if *median < 20.0 { 1 } else { 0 };
-    format!("{median:.digits$} ({min:.digits$}–{max:.digits$})")
 }
 
 #[cfg(test)]
