@@ -202,15 +202,16 @@ fn bad_lines_are_counted_and_reported_and_the_rest_is_trained_on() {
     assert_eq!(shard_index(&run)["n_document"], 25);
 }
 
-/// Bound: 1% of the loss, what rounding every factor of a product to 8 bits may cost a small model.
+/// Bound: 1% of the loss, what rounding every factor of a product to 8 bits may cost a small model. On this project's sources:
+/// early in a steep descent two runs differ by more than that whatever their precision.
 #[test]
 fn training_in_bf16_learns_what_f32_learns() {
     let folder = tempfile::tempdir().unwrap();
-    let data = write(folder.path(), "prose.txt", prose(200_000, 3));
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");
     let losses = ["f32", "bf16"].map(|dtype| {
         let run = folder.path().join(dtype);
         let mut command = param_train();
-        command.args(["--preset=param-tiny", "--chars", "--steps=300", "--batch-size=4", "--sample-every=0"]);
+        command.args(["--preset=param-tiny", "--steps=300", "--eval-batches=20", "--sample-every=0", "--ext=rs"]);
         output_of(command.arg(format!("--dtype={dtype}")).arg("--data").arg(&data).arg("--out").arg(&run));
         let first = series(&run, "loss")[0];
         let last = *series(&run, "eval_loss").last().unwrap();

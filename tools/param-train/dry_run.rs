@@ -5,9 +5,8 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
-use param_kernels::{Arithmetic, Team, arithmetic_peak};
+use param_kernels::{Team, arithmetic_peak};
 use param_train::cpu::{Memory, operations_per_token};
-use param_train::settings::Dtype;
 
 use crate::args::{Flags, Training};
 use crate::describe;
@@ -36,11 +35,7 @@ pub fn run(flags: &Flags) -> Result<ExitCode> {
     for (kind, bytes) in kinds {
         writeln!(out, "{kind:<16} {:>12}", HumanBytes(bytes).to_string())?;
     }
-    let kind = match settings.dtype {
-        Dtype::F32 => Arithmetic::F32,
-        Dtype::Bf16 => Arithmetic::Bf16,
-    };
-    let peak = arithmetic_peak(&mut Team::new(n_thread), kind);
+    let peak = arithmetic_peak(&mut Team::new(n_thread), settings.dtype.arithmetic());
     let per_step = (settings.batch_size * settings.context * settings.accumulation) as f64;
     let rate = UTILISATION * peak / operations_per_token(&config, settings.context);
     let seconds = per_step * steps as f64 / rate;

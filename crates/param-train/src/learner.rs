@@ -1,6 +1,6 @@
 //! A model with what training it needs: gradients, the optimizer's moments, and the step that ties them together.
 
-use param_kernels::{Arithmetic, arithmetic_peak};
+use param_kernels::arithmetic_peak;
 use param_model::Config;
 
 use crate::cpu::{GradientScale, Losses, Mode, Model, NoiseSource, Routing, Section, Sequences};
@@ -49,11 +49,7 @@ impl Learner {
 
     /// Operations a second that matrix products in `dtype` could reach on its threads: measured, in some hundredths of a second.
     pub fn peak(&mut self, dtype: Dtype) -> f64 {
-        let kind = match dtype {
-            Dtype::F32 => Arithmetic::F32,
-            Dtype::Bf16 => Arithmetic::Bf16,
-        };
-        arithmetic_peak(self.model.table_and_team().1, kind)
+        arithmetic_peak(self.model.table_and_team().1, dtype.arithmetic())
     }
 
     /// The optimizer step after `step` others, on some batches. The record's times, rates and sums over the run are left to the

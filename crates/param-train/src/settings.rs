@@ -7,6 +7,7 @@ use crate::data::Layout;
 use crate::error::Error;
 use crate::optimizer::AdamW;
 use crate::schedule::Schedule;
+use param_kernels::Arithmetic;
 use param_model::Config;
 
 /// How many tokens an expert takes in training.
@@ -39,6 +40,16 @@ pub enum Dtype {
     F32,
     /// Factors of products, and the activations kept for the backward pass, rounded to bf16; sums are f32.
     Bf16,
+}
+
+impl Dtype {
+    /// The multiply-adds that matrix products in it are made of.
+    pub fn arithmetic(self) -> Arithmetic {
+        match self {
+            Dtype::F32 => Arithmetic::F32,
+            Dtype::Bf16 => Arithmetic::Bf16,
+        }
+    }
 }
 
 /// Settings of a run.
