@@ -208,7 +208,7 @@ pub enum ScheduleName {
 pub enum DtypeName {
     /// Exact
     F32,
-    /// Factors rounded to bf16, sums in f32, parameters kept in f32: twice as fast where the processor multiplies bf16
+    /// Factors rounded to bf16, sums in f32, parameters kept in f32: faster where the processor multiplies bf16
     Bf16,
 }
 
