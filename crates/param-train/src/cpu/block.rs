@@ -151,7 +151,7 @@ impl Block {
 
         machine.profile.enter(Section::Norm);
         let affine1 = affine(params, self.norm1);
-        let norm1 = norm::forward(machine, &mut normed, x, affine1, config.norm_eps, (&mut [], 0), |_, _, _| {});
+        let norm1 = norm::forward(machine, &mut normed, x, affine1, config.norm_eps);
         machine.profile.enter(Section::Projections);
         let qkv = self.qkv.map(|affine| {
             let mut y = take(machine);
@@ -174,8 +174,7 @@ impl Block {
         let (norm2, ffn, routing);
         match &self.ffn {
             Ffn::Dense { up, down } => {
-                norm2 =
-                    norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps, (&mut [], 0), |_, _, _| {});
+                norm2 = norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps);
                 machine.profile.enter(Section::Dense);
                 let n_ff = config.n_ff();
                 let [mut pre, mut hidden] =
@@ -192,9 +191,10 @@ impl Block {
                 let n_score = scorer.n_score() * n_expert;
                 let mut scores = vec![0.0; n_token * n_score];
                 let more = (&mut scores[..], n_score);
-                norm2 = norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps, more, |_, x, scores| {
-                    scorer.score(x, n_embd, scores);
-                });
+                norm2 =
+                    norm::forward_with(machine, &mut normed, &middle, affine2, config.norm_eps, more, |x, scores| {
+                        scorer.score(x, n_embd, scores);
+                    });
                 machine.profile.enter(Section::Router);
                 let (logits, drawn) = router::split(scores, normal.filter(|_| noise.is_some()), n_expert);
                 let chosen = router::forward(machine, logits, drawn.as_ref(), (k, n_expert), capacity);
@@ -237,7 +237,7 @@ impl Block {
         // The normed rows were not kept: one more pass over them costs less than their memory.
         let affine2 = affine(params, self.norm2);
         machine.profile.enter(Section::Norm);
-        norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps, (&mut [], 0), |_, _, _| {});
+        norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps);
         match (&self.ffn, ffn) {
             (Ffn::Dense { up, down }, SavedFfn::Dense(pre)) => {
                 machine.profile.enter(Section::Dense);
@@ -311,24 +311,14 @@ impl Block {
         let mut dattended = take(machine);
         let weight = Matrix::f32(&params[self.attn_out.weight], n_embd, n_embd);
         let product = Product::new(machine.precision, dy.matrix().factor(), weight.factor());
-        let (precision, kernels) = (machine.precision, Kernels::get());
-        let shape = (n_embd, precision.per_word());
-        machine.multiply(
-            [&mut dattended.words],
-            shape,
-            &[0, n_token],
-            |_| product,
-            |[out], _, _, sums| {
-                precision.store(kernels, sums, out);
-            },
-        );
+        linear::store(machine, &mut dattended, product, None);
         self.attn_out.backward_parameters(machine, grads, &dy, attended.matrix(), n_embd);
         machine.profile.enter(Section::Attention);
         let mut dqkv = [(); 3].map(|()| take(machine));
         let dropout = pass.dropout(Site::Attention);
         attention::backward(machine, &inputs(&qkv, &pass, dropout.as_ref()), &attended, &dattended, &mut dqkv);
         machine.profile.enter(Section::Norm);
-        norm::forward(machine, &mut normed, x, affine(params, self.norm1), config.norm_eps, (&mut [], 0), |_, _, _| {});
+        norm::forward(machine, &mut normed, x, affine(params, self.norm1), config.norm_eps);
         machine.profile.enter(Section::Projections);
         for (i, (affine, dy)) in self.qkv.iter().zip(&dqkv).enumerate() {
             let write = if i == 0 { Write::Replace } else { Write::Add };

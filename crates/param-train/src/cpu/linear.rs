@@ -14,10 +14,14 @@ pub enum Write {
 
 /// `y = x W^T + b`.
 pub fn forward(machine: &mut Machine, y: &mut Values, x: Matrix, weight: Matrix, bias: Option<&[f32]>) {
+    let product = Product::new(machine.precision, x.factor(), weight.t());
+    store(machine, y, product, bias);
+}
+
+/// `y = product + b`.
+pub fn store(machine: &mut Machine, y: &mut Values, product: Product, bias: Option<&[f32]>) {
     let (kernels, precision) = (Kernels::get(), machine.precision);
-    let (n_row, n_out) = (y.n_row(), y.n_col);
-    let product = Product::new(precision, x.factor(), weight.t());
-    let shape = (n_out, precision.per_word());
+    let (n_row, shape) = (y.n_row(), (y.n_col, precision.per_word()));
     machine.multiply(
         [&mut y.words],
         shape,

@@ -320,7 +320,7 @@ impl Model {
         machine.profile.enter(Section::Norm);
         let mut normed = Values::take(&mut machine.buffers, machine.precision, n_token, n_embd);
         let affine = (output_norm[0], output_norm[1]);
-        let norm = norm::forward(machine, &mut normed, &x, affine, config.norm_eps, (&mut [], 0), |_, _, _| {});
+        let norm = norm::forward(machine, &mut normed, &x, affine, config.norm_eps);
         xs.push(x);
         machine.profile.enter(Section::Other);
         Forward { xs, saved: all_saved, routings, norm, normed }

@@ -13,16 +13,21 @@ pub struct Saved {
     statistics: Vec<f32>, // [n_row * 2]
 }
 
-/// `y = (x - mean) / sqrt(var + eps) * scale + shift` per row. `also(first row, rows of y in f32, rows of more)` sees what was
-/// computed, with the `n_more` elements of `more` that belong to each row.
-pub fn forward(
+/// `y = (x - mean) / sqrt(var + eps) * scale + shift` per row.
+pub fn forward(machine: &mut Machine, y: &mut Values, x: &[f32], affine: Affine, eps: f32) -> Saved {
+    forward_with(machine, y, x, affine, eps, (&mut [], 0), |_, _| {})
+}
+
+/// [`forward`], where `also(rows of y in f32, rows of more)` sees what was computed, with the `n_more` elements of `more` that belong
+/// to each row.
+pub fn forward_with(
     machine: &mut Machine,
     y: &mut Values,
     x: &[f32], // [n_row, n_col]
     (scale, shift): Affine,
     eps: f32,
     (more, n_more): (&mut [f32], usize),
-    also: impl Fn(usize, &[f32], &mut [f32]) + Sync,
+    also: impl Fn(&[f32], &mut [f32]) + Sync,
 ) -> Saved {
     let (kernels, precision) = (Kernels::get(), machine.precision);
     let n_col = scale.len();
@@ -37,7 +42,7 @@ pub fn forward(
             let x = &x[i * ROWS * n_col..][..mean.len() * n_col];
             let mut rows = vec![0.0; x.len()];
             kernels.layer_norm(x, scale, shift, eps, &mut rows, mean, rstd);
-            also(i * ROWS, &rows, more);
+            also(&rows, more);
             for (row, words) in rows.chunks_exact(n_col).zip(words.chunks_exact_mut(n_word)) {
                 precision.store(kernels, row, words);
             }

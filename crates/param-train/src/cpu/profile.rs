@@ -86,12 +86,12 @@ impl Default for Profile {
 }
 
 impl Profile {
-    /// What follows belongs to `section`; returns what came before did.
-    pub fn enter(&mut self, section: Section) -> Section {
+    /// What follows belongs to `section`.
+    pub fn enter(&mut self, section: Section) {
         let now = Instant::now();
         self.spent[self.now as usize].seconds += (now - self.since).as_secs_f64();
         self.since = now;
-        std::mem::replace(&mut self.now, section)
+        self.now = section;
     }
 
     pub(super) fn add_operations(&mut self, n: f64) {
