@@ -2,8 +2,9 @@
 
 use crate::attention::Pages;
 use crate::isa::LANES;
+use crate::matrix::{Matrix, Precision};
 use crate::optimizer::AdamWStep;
-use crate::product::{Matrix, Packing, Precision};
+use crate::packing::Packing;
 use crate::tiles::ActivationBlock;
 use half::f16;
 use std::ops::Range;
@@ -132,14 +133,14 @@ kernels! {
     pair_row = tiles::pair_row(x: &[f32], out: &mut [u32]);
 
     /// Reads what [`Kernels::pair_row`] wrote.
-    unpair_row = product::unpair_row(words: &[u32], x: &mut [f32]);
+    unpair_row = matrix::unpair_row(words: &[u32], x: &mut [f32]);
 
     /// `sums[j] += sum_i m[i, j]`, in row order.
-    add_column_sums = product::add_column_sums(m: &Matrix<'_>, sums: &mut [f32]);
+    add_column_sums = matrix::add_column_sums(m: &Matrix<'_>, sums: &mut [f32]);
 
     /// Packs lanes of a matrix (its rows or columns) from lane `first_lane` on, words `words` of their depth, in tiles of 16 lanes for
     /// [`crate::Product`]: `out` [n_tile, tile as `packing` says]. What lies beyond the matrix is zero.
-    pack = product::pack(
+    pack = packing::pack(
         m: &Matrix<'_>, packing: Packing, to: Precision, first_lane: usize, words: Range<usize>, out: &mut [u32],
     );
 

@@ -11,7 +11,9 @@ mod gelu;
 mod isa;
 mod layer_norm;
 mod math;
+mod matrix;
 mod optimizer;
+mod packing;
 mod prefetch;
 mod probe;
 mod product;
@@ -25,10 +27,12 @@ pub use attention::{
     kv_scales_len, value_index,
 };
 pub use dispatch::Kernels;
+pub use matrix::{Factor, Matrix, Precision};
 pub use optimizer::AdamWStep;
+pub use packing::Packing;
 pub use prefetch::{prefetch, prefetch_for_later};
 pub use probe::{Arithmetic, arithmetic_peak};
-pub use product::{Factor, Matrix, Packing, Precision, Product, Workspace};
+pub use product::{Product, Workspace};
 pub use spmd::{Team, Tile, available_threads};
 pub use tiles::{ActivationBlock, Inputs, Operand, TILE_ROWS, TileFormat};
 pub use topk::top_k;
