@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use param_model::{Checkpoint, Part};
 use param_train::cpu::{Capacity, Compute, GradientScale, Losses, Mode, Model, NoiseSource, Sequences};
 use param_train::data::IGNORED;
-use param_train::optimizer::{AdamW, Decay, Moments, clip_factor, global_norm};
+use param_train::optimizer::{self, AdamW, Decay, Group, Moments, Step, clip_factor, global_norm};
+use param_train::recipe::Recipe;
+use param_train::settings::Settings;
 use serde_json::Value;
 
 use super::{Array, Case, assert_close, cases};
@@ -136,10 +138,13 @@ fn step_by(optimizer: &Value, run: &mut Run, moments: &mut Moments, norm: f64, t
         weight_decay: number(&optimizer["weight_decay"]),
         decay: Decay::All,
     };
-    let clip = clip_factor(norm, number(&optimizer["clip_grad_norm"]));
-    let lr = number(&optimizer["lr"]);
+    let settings = Settings { adamw, ..Recipe::Reference.settings(run.model.config(), 3) };
     let (table, team) = run.model.table_and_team();
-    adamw.step(team, table, &mut run.params, &mut run.grads, moments, lr, t, clip);
+    let groups = Group::all(table, &settings).unwrap();
+    let grad_scale = clip_factor(norm, number(&optimizer["clip_grad_norm"]));
+    let at = Step { number: t, lr: number(&optimizer["lr"]), muon_lr: 0.0, grad_scale };
+    let (params, grads) = (&mut run.params, &mut run.grads);
+    optimizer::step(team, &mut Vec::new(), (table, &groups), params, grads, moments, &settings, at);
 }
 
 #[test]

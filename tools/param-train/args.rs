@@ -7,9 +7,11 @@ use clap::{Args, Parser, ValueEnum};
 use param::cli::{Usage, VERSION};
 use param_model::Config;
 use param_train::data::Layout;
-use param_train::optimizer::{AdamW, Decay};
-use param_train::schedule::{Curve, Schedule};
+use param_train::optimizer::{Decay, Muon};
+use param_train::recipe::Recipe;
+use param_train::schedule::Curve;
 use param_train::settings::{Dropping, Dtype, Settings};
+use param_train::spikes;
 
 /// Train a PARAM model on text: a tokenizer, then the model, in checkpoints that param-convert takes.
 ///
@@ -127,6 +129,15 @@ pub struct Training {
     /// Batches per step [default: 1]
     #[arg(long, value_name = "N")]
     pub accumulate: Option<usize>,
+    /// Steps over which the batches per step rise from one to --accumulate [default: 0]
+    #[arg(long, value_name = "N")]
+    pub accumulate_warmup: Option<u64>,
+    /// Settings to begin with; flags change single ones [default: recommended]
+    #[arg(long, value_name = "NAME", conflicts_with = "optimizer")]
+    pub recipe: Option<RecipeName>,
+    /// What moves the matrices of blocks; embeddings, norms, biases and routers are AdamW's always [default: muon]
+    #[arg(long, value_name = "NAME")]
+    pub optimizer: Option<OptimizerName>,
     /// Highest learning rate [default: 0.4 over the model's width]
     #[arg(long)]
     pub lr: Option<f32>,
@@ -142,6 +153,15 @@ pub struct Training {
     /// Part of the run over which wsd decays [default: 0.2]
     #[arg(long, value_name = "FRACTION")]
     pub decay_fraction: Option<f32>,
+    /// Highest learning rate of what Muon moves [default: --lr]
+    #[arg(long, value_name = "LR")]
+    pub muon_lr: Option<f32>,
+    /// Muon's decay of the running sum of gradients [default: 0.95]
+    #[arg(long)]
+    pub momentum: Option<f32>,
+    /// Factor of the learning rate of tensors by their names in the checkpoint, such as 'token_emb=2'
+    #[arg(long, value_name = "REGEX=FACTOR", value_parser = parse_factor)]
+    pub lr_scale: Vec<(String, f32)>,
     /// AdamW's decay of the first moment [default: 0.9]
     #[arg(long)]
     pub beta1: Option<f32>,
@@ -154,6 +174,15 @@ pub struct Training {
     /// Decay norms and biases as well, as the reference does
     #[arg(long)]
     pub decay_all: bool,
+    /// No weight decay of tensors by their names in the checkpoint
+    #[arg(long, value_name = "REGEX")]
+    pub no_decay: Vec<String>,
+    /// What to do about a loss or gradient norm far above those before: leave the step out, or scale its gradients down
+    #[arg(long, value_name = "ACTION")]
+    pub spikes: Option<SpikesName>,
+    /// Standard deviations above the mean that make a spike [default: 6]
+    #[arg(long, value_name = "Z", requires = "spikes")]
+    pub spike_z: Option<f32>,
     /// What matrix products are computed in [default: f32]
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<DtypeName>,
@@ -196,6 +225,28 @@ pub struct Training {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+pub enum RecipeName {
+    /// What was measured to learn most per token
+    Recommended,
+    /// The reference implementation's settings exactly
+    Reference,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum OptimizerName {
+    /// Momentum made orthogonal
+    Muon,
+    /// AdamW for everything
+    Adamw,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum SpikesName {
+    Skip,
+    Clip,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 pub enum ScheduleName {
     Cosine,
     Linear,
@@ -218,6 +269,12 @@ pub enum LayoutName {
     Packed,
     /// One document a row, cut off or padded, as in the reference
     Document,
+}
+
+fn parse_factor(assignment: &str) -> Result<(String, f32), String> {
+    let expected = || "expected REGEX=FACTOR, such as 'token_emb=2'".to_owned();
+    let (pattern, factor) = assignment.rsplit_once('=').ok_or_else(expected)?;
+    Ok((pattern.to_owned(), factor.parse().map_err(|_| expected())?))
 }
 
 impl Flags {
@@ -287,37 +344,13 @@ impl Training {
     }
 
     /// Settings of a new run of `steps` steps for `config`.
-    pub fn defaults(config: &Config, steps: u64) -> Settings {
-        let tenth = steps.div_ceil(10).max(1);
-        Settings {
-            seed: 42,
-            batch_size: 16,
-            accumulation: 1,
-            context: config.n_ctx,
-            layout: Layout::Packed,
-            schedule: Schedule {
-                // Adam's best rate is taken to fall as one over the width. 0.4 comes from param-tiny alone: of 1e-3, 2e-3
-                // and 4e-3 (one seed, 400 steps of source code) the largest was best, 3.57 nats against 4.39 of the smallest.
-                peak: 0.4 / config.n_embd as f32,
-                warmup: (steps / 20).min(2000),
-                total: steps,
-                curve: Curve::Cosine,
-                final_fraction: 0.1,
-                decay_fraction: 0.2,
-            },
-            adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decay: Decay::Matrices },
-            dtype: Dtype::F32,
-            recompute: false,
-            clip: 1.0,
-            dropping: Dropping::Never,
-            eval_every: tenth,
-            eval_batches: 0,
-            save_every: tenth,
-            keep: 2,
-            sample_every: tenth,
-            sample_tokens: 64,
-            sample_prompt: String::new(),
-        }
+    pub fn settings(&self, config: &Config, steps: u64) -> Settings {
+        let recipe = match (self.recipe, self.optimizer) {
+            (Some(RecipeName::Reference), _) => Recipe::Reference,
+            (_, Some(OptimizerName::Adamw)) => Recipe::AdamW,
+            _ => Recipe::Recommended,
+        };
+        self.apply(recipe.settings(config, steps))
     }
 
     /// `settings` with what the flags say instead.
@@ -326,7 +359,27 @@ impl Training {
         set(&mut s.seed, self.seed);
         set(&mut s.batch_size, self.batch_size);
         set(&mut s.accumulation, self.accumulate);
+        set(&mut s.accumulation_warmup, self.accumulate_warmup);
         set(&mut s.schedule.peak, self.lr);
+        match (self.optimizer, s.muon) {
+            (Some(OptimizerName::Adamw), _) => s.muon = None,
+            (Some(OptimizerName::Muon), None) => s.muon = Some(Muon { lr: s.schedule.peak, momentum: Muon::MOMENTUM }),
+            _ => {}
+        }
+        if let Some(muon) = &mut s.muon {
+            set(&mut muon.lr, self.muon_lr.or(self.lr));
+            set(&mut muon.momentum, self.momentum);
+        }
+        set(&mut s.lr_scale, (!self.lr_scale.is_empty()).then(|| self.lr_scale.clone()));
+        set(&mut s.no_decay, (!self.no_decay.is_empty()).then(|| self.no_decay.clone()));
+        let spikes = self.spikes.map(|name| {
+            let action = match name {
+                SpikesName::Skip => spikes::Action::Skip,
+                SpikesName::Clip => spikes::Action::Clip,
+            };
+            Some(spikes::Rule { z: self.spike_z.unwrap_or(6.0), action })
+        });
+        set(&mut s.spikes, spikes);
         set(&mut s.schedule.final_fraction, self.min_lr);
         set(&mut s.schedule.warmup, self.warmup);
         set(&mut s.schedule.decay_fraction, self.decay_fraction);

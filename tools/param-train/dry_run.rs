@@ -7,6 +7,7 @@ use anyhow::Result;
 use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use param_kernels::{Team, arithmetic_peak};
 use param_train::cpu::{Memory, operations_per_token};
+use param_train::optimizer::Group;
 
 use crate::args::{Flags, Training};
 use crate::describe;
@@ -18,10 +19,11 @@ const UTILISATION: f64 = 0.5;
 pub fn run(flags: &Flags) -> Result<ExitCode> {
     let config = flags.model.config()?;
     let steps = flags.training.steps.unwrap_or(Training::STEPS);
-    let settings = flags.training.apply(Training::defaults(&config, steps));
+    let settings = flags.training.settings(&config, steps);
     settings.check(&config)?;
     let n_thread = flags.n_thread();
-    let memory = Memory::plan(&config, settings.compute(n_thread), (settings.batch_size, settings.context));
+    let groups = Group::all(&param_model::tensors(&config), &settings)?;
+    let memory = Memory::plan(&config, &groups, settings.compute(n_thread), (settings.batch_size, settings.context));
     let mut out = stdout();
     writeln!(out, "{}", describe(&config))?;
     let kinds = [

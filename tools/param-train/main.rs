@@ -75,7 +75,7 @@ fn initialise_only(flags: &Flags, out: &Path) -> Result<ExitCode> {
     if let Some(tokenizer) = &tokenizer {
         config.n_vocab = tokenizer.n_vocab();
     }
-    let seed = flags.training.apply(Training::defaults(&config, 1)).seed;
+    let seed = flags.training.settings(&config, 1).seed;
     let named = || out.display().to_string();
     if out.exists() {
         // Only an empty folder can be removed: nobody's weights are replaced by random ones.
@@ -96,7 +96,7 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
     };
     tokenizer.check_fits(config.n_vocab)?;
     let context = flags.model.context.unwrap_or(config.n_ctx);
-    let settings = Settings { context, ..flags.training.apply(Training::defaults(&config, 1)) };
+    let settings = Settings { context, ..flags.training.settings(&config, 1) };
     settings.check(&config)?;
     let choice = DataChoice::from_flags(&flags.data, 0)?;
     let cache = tempfile::tempdir().context("a temporary folder for tokens")?;
@@ -161,7 +161,7 @@ fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer>
     folder.check_unused()?;
     let mut config = flags.model.config()?;
     // How many steps epochs are is known once the data is read; nothing else that can be wrong in the settings depends on it.
-    let early = flags.training.apply(Training::defaults(&config, flags.training.steps.unwrap_or(1)));
+    let early = flags.training.settings(&config, flags.training.steps.unwrap_or(1));
     early.check(&config)?;
     let choice = DataChoice::from_flags(&flags.data, early.seed)?;
     let tokenizer = choice.tokenizer(&flags.data, &config)?;
@@ -170,7 +170,7 @@ fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer>
     folder.create()?;
     let corpus = choice.corpus(&tokens_folder(&folder), tokenizer, stop)?;
     let steps = steps(&flags.training, &corpus, &early)?.unwrap_or(Training::STEPS);
-    let settings = flags.training.apply(Training::defaults(&config, steps));
+    let settings = flags.training.settings(&config, steps);
     choice.save(folder.path())?;
     eprintln!("{}, on {} threads", describe(&config), flags.n_thread());
     Ok(Trainer::new(folder, &config, settings, corpus, flags.n_thread())?)
@@ -180,6 +180,12 @@ fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer
     if flags.model.is_given() || flags.data.tokenizer.is_some() || flags.data.chars {
         bail!(Usage(
             "--resume continues the run's own model and tokenizer: leave out the flags that describe them".into()
+        ));
+    }
+    if flags.training.recipe.is_some() {
+        bail!(Usage(
+            "--recipe begins a run: --resume continues with the run's own settings, and flags change single ones"
+                .into()
         ));
     }
     let restored = folder.restore()?;

@@ -7,6 +7,7 @@ use indicatif::{HumanCount, HumanDuration, ProgressBar};
 use param::cli;
 use param_train::checkpoint::State;
 use param_train::metrics::StepRecord;
+use param_train::spikes::{Action, Spike};
 use param_train::trainer::Event;
 
 /// Prints events as they come.
@@ -72,6 +73,16 @@ impl Report {
     }
 
     fn step(&mut self, record: &StepRecord) {
+        if let Some(Spike { loss_z, norm_z, action }) = record.spike {
+            let what = match action {
+                Action::Skip => "step left out",
+                Action::Clip => "gradients scaled down",
+            };
+            let StepRecord { step, loss, grad_norm, .. } = record;
+            self.line(&format!(
+                "step {step:>6}  a spike: loss {loss:.4} ({loss_z:+.1} deviations), grad {grad_norm:.2} ({norm_z:+.1}): {what}"
+            ));
+        }
         let step_seconds = record.seconds - self.utilised.last;
         self.utilised.seconds += step_seconds;
         self.utilised.product += step_seconds * record.mfu;

@@ -271,6 +271,11 @@ class Param(nn.Module):
         # The last position has no target: ignored, since cutting it off would copy all logits.
         targets = F.pad(targets, (0, 1), value=-100)
         loss = F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))
+        return loss + self.router_loss()
+
+    def router_loss(self):
+        """The weighted losses of all routers in the last forward pass."""
+        loss = 0.0
         # As in the reference, the z loss counts only together with the load balance.
         if self.config.use_aux_loss:
             for block in self.transformer_blocks:

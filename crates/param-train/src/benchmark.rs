@@ -37,7 +37,7 @@ pub struct Benchmark {
 /// Settings that do not fit the model, or a loss that is not finite.
 pub fn benchmark(config: &Config, settings: &Settings, n_thread: usize, steps: u64) -> Result<Benchmark, Error> {
     settings.check(config)?;
-    let mut learner = Learner::new(config, settings, n_thread);
+    let mut learner = Learner::new(config, settings, n_thread)?;
     let mut rng = stream(settings.seed, STREAM);
     let mut batch = || {
         let n = settings.batch_size * settings.context;
@@ -50,7 +50,7 @@ pub fn benchmark(config: &Config, settings: &Settings, n_thread: usize, steps: u
     let mut result =
         Benchmark { tokens_per_s: Vec::new(), operations_per_token, peak: 0.0, loss: 0.0, spent: Vec::new() };
     for step in 0..WARMUP + steps {
-        let batches = (0..settings.accumulation).map(|_| batch()).collect::<Vec<_>>();
+        let batches = (0..settings.n_batch(step)).map(|_| batch()).collect::<Vec<_>>();
         if step == WARMUP {
             learner.model.profile().reset();
         }

@@ -11,8 +11,9 @@ use param_model::{Checkpoint, Config, TensorSpec, Tokenizer};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
-use crate::optimizer::Moments;
+use crate::optimizer::{Group, Moments};
 use crate::settings::Settings;
+use crate::spikes::Watch;
 
 /// Folder of the checkpoints within a run's folder.
 const CHECKPOINTS: &str = "checkpoints";
@@ -41,6 +42,9 @@ pub struct State {
     pub best: Option<(f64, u64)>,
     /// How it trains.
     pub settings: Settings,
+    /// What is known of the losses so far.
+    #[serde(default)]
+    pub watch: Watch,
     /// Tells the training and validation tokens from those of another corpus or another held-out part.
     pub data_digest: String,
 }
@@ -56,6 +60,7 @@ impl State {
             seconds: 0.0,
             best: None,
             settings,
+            watch: Watch::default(),
             data_digest,
         }
     }
@@ -133,7 +138,8 @@ impl RunFolder {
             write_model(partial, config, Some(tokenizer), params).map_err(Failure::Run)?;
             let kinds = [("first", &moments.first), ("second", &moments.second)];
             let named = kinds.into_iter().flat_map(|(kind, tensors)| {
-                let entries = table.iter().zip(tensors);
+                // Muon's tensors have no second moments.
+                let entries = table.iter().zip(tensors).filter(|(_, m)| !m.is_empty());
                 entries.map(move |(spec, m)| (moment_name(kind, spec), spec.shape.clone(), &m[..]))
             });
             write_tensors(&partial.join(OPTIMIZER_FILE), named).map_err(|e| Failure::Run(e.into()))?;
@@ -191,20 +197,25 @@ impl RunFolder {
         let (config, params) = read_model(&last)?;
         let optimizer = Checkpoint::open(&last.join(OPTIMIZER_FILE))?;
         let table = param_model::tensors(&config);
-        let read = |kind: &str| -> Result<Vec<Vec<f32>>, Error> {
-            let read = |spec: &TensorSpec| {
-                let name = moment_name(kind, spec);
-                match optimizer.tensor(&name)? {
-                    Some(tensor) if tensor.shape == spec.shape => Ok(tensor.to_f32()),
-                    _ => {
-                        let problem = format!("`{name}` is missing or not {:?}", spec.shape);
-                        Err(Error::State { path: optimizer.path().to_owned(), problem })
-                    }
+        let groups = Group::all(&table, &state.settings)?;
+        let read = |kind: &str, spec: &TensorSpec| {
+            let name = moment_name(kind, spec);
+            match optimizer.tensor(&name)? {
+                Some(tensor) if tensor.shape == spec.shape => Ok(tensor.to_f32()),
+                _ => {
+                    let problem = format!("`{name}` is missing or not {:?}", spec.shape);
+                    Err(Error::State { path: optimizer.path().to_owned(), problem })
                 }
-            };
-            table.iter().map(read).collect()
+            }
         };
-        let moments = Moments { first: read("first")?, second: read("second")? };
+        let second = |(spec, group): (&TensorSpec, &Group)| match group.is_muons {
+            true => Ok(Vec::new()),
+            false => read("second", spec),
+        };
+        let moments = Moments {
+            first: table.iter().map(|spec| read("first", spec)).collect::<Result<_, Error>>()?,
+            second: table.iter().zip(&groups).map(second).collect::<Result<_, Error>>()?,
+        };
         Ok(Restored { config, params, moments, state })
     }
 }

@@ -8,9 +8,10 @@ use crate::data::Batch;
 use crate::error::Error;
 use crate::init::initialise;
 use crate::metrics::StepRecord;
-use crate::optimizer::{Moments, clip_factor, global_norm};
+use crate::optimizer::{self, Group, Moments, MuonScratch, clip_factor, global_norm};
 use crate::random::Key;
 use crate::settings::{Dtype, Settings};
+use crate::spikes::{Action, Watch};
 
 /// What learns.
 pub struct Learner {
@@ -20,31 +21,51 @@ pub struct Learner {
     pub params: Vec<Vec<f32>>,
     /// The optimizer's.
     pub moments: Moments,
+    /// What it knows of the losses so far.
+    pub watch: Watch,
+    groups: Vec<Group>,
+    scratch: Vec<MuonScratch>, // [n_thread]
     /// Zero between steps.
     grads: Vec<Vec<f32>>,
 }
 
 impl Learner {
     /// A freshly initialised model.
-    pub fn new(config: &Config, settings: &Settings, n_thread: usize) -> Self {
+    ///
+    /// # Errors
+    /// Patterns of `settings` that match nothing.
+    pub fn new(config: &Config, settings: &Settings, n_thread: usize) -> Result<Self, Error> {
         let model = Model::new(config, settings.compute(n_thread));
+        let groups = Group::all(model.table(), settings)?;
+        let moments = Moments::zeros(model.table(), &groups);
         let params = initialise(config, settings.seed);
-        let moments = Moments { first: model.zeros(), second: model.zeros() };
-        let grads = model.zeros();
-        Self { model, params, moments, grads }
+        Ok(Self::with(model, groups, params, moments, Watch::default()))
     }
 
-    /// A model as it was when its parameters and moments were saved.
+    /// A model as it was when its parameters, moments and statistics were saved.
+    ///
+    /// # Errors
+    /// As for [`Learner::new`], or another optimizer than that of the moments.
     pub fn restored(
         config: &Config,
         settings: &Settings,
         n_thread: usize,
         params: Vec<Vec<f32>>,
         moments: Moments,
-    ) -> Self {
+        watch: Watch,
+    ) -> Result<Self, Error> {
         let model = Model::new(config, settings.compute(n_thread));
+        let groups = Group::all(model.table(), settings)?;
+        if moments.second.iter().zip(&groups).any(|(second, group)| second.is_empty() != group.is_muons) {
+            let problem = "a run keeps the optimizer it began with: its state is of no use to another".to_owned();
+            return Err(Error::Setting { flag: "optimizer", problem });
+        }
+        Ok(Self::with(model, groups, params, moments, watch))
+    }
+
+    fn with(model: Model, groups: Vec<Group>, params: Vec<Vec<f32>>, moments: Moments, watch: Watch) -> Self {
         let grads = model.zeros();
-        Self { model, params, moments, grads }
+        Self { model, params, moments, watch, groups, scratch: Vec::new(), grads }
     }
 
     /// Operations a second that matrix products in `dtype` could reach on its threads: measured, in some hundredths of a second.
@@ -58,8 +79,8 @@ impl Learner {
     /// # Errors
     /// A loss or gradient that is not finite; parameters are as before.
     pub fn step(&mut self, settings: &Settings, step: u64, batches: &[Batch]) -> Result<StepRecord, Error> {
-        let Self { model, params, moments, grads } = self;
-        let first = step * batches.len() as u64;
+        let Self { model, params, moments, watch, groups, scratch, grads } = self;
+        let first = settings.first_batch(step);
         let n_target = batches.iter().map(Batch::n_target).sum::<usize>();
         let scale = GradientScale { n_target, n_batch: batches.len() };
         let mut losses = Vec::with_capacity(batches.len());
@@ -81,11 +102,22 @@ impl Learner {
             return Err(Error::NotFinite { step: step + 1, loss: total.loss });
         }
         let lr = settings.schedule.at(step);
-        let clip = clip_factor(grad_norm, settings.clip);
-        let (table, team) = model.table_and_team();
-        settings.adamw.step(team, table, params, grads, moments, lr, step + 1, clip);
+        let mut grad_scale = clip_factor(grad_norm, settings.clip);
+        let spike = settings.spikes.and_then(|rule| watch.observe(rule, total.loss, grad_norm));
+        if let Some((spike, mean_norm)) = spike {
+            match spike.action {
+                Action::Skip => grads.iter_mut().for_each(|g| g.fill(0.0)),
+                Action::Clip => grad_scale = grad_scale.min((mean_norm / grad_norm) as f32),
+            }
+        }
+        let spike = spike.map(|(spike, _)| spike);
+        if spike.is_none_or(|spike| spike.action == Action::Clip) {
+            let at = optimizer::Step { number: step + 1, lr, muon_lr: settings.muon_lr(step), grad_scale };
+            let (table, team) = model.table_and_team();
+            optimizer::step(team, scratch, (table, groups), params, grads, moments, settings, at);
+        }
         model.profile().enter(Section::Other);
-        Ok(StepRecord { step: step + 1, grad_norm, lr, n_target: n_target as u64, ..total })
+        Ok(StepRecord { step: step + 1, grad_norm, lr, n_target: n_target as u64, spike, ..total })
     }
 }
 
@@ -120,6 +152,7 @@ fn total_loss(losses: &[Losses], config: &Config) -> StepRecord {
         seconds: 0.0,
         n_target: 0,
         epoch: 0.0,
+        spike: None,
         n_dropped: routings().map(Routing::n_dropped).sum(),
         expert_load: (0..losses[0].routings.len()).map(load).collect(),
     }

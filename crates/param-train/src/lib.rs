@@ -12,9 +12,11 @@ pub mod memory;
 pub mod metrics;
 pub mod optimizer;
 pub mod random;
+pub mod recipe;
 pub mod sample;
 pub mod schedule;
 pub mod settings;
+pub mod spikes;
 pub mod trainer;
 
 pub use error::Error;

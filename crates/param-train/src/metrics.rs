@@ -8,6 +8,7 @@ use param_model::atomic::write_file;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::spikes::Spike;
 
 /// File name within a run's folder.
 pub const METRICS_FILE: &str = "metrics.jsonl";
@@ -43,6 +44,9 @@ pub struct StepRecord {
     pub n_target: u64,
     /// Passes over the training data so far.
     pub epoch: f64,
+    /// That it was a spike, and what was done about it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spike: Option<Spike>,
     /// Choices that found their expert full.
     pub n_dropped: usize,
     /// Share of the choices that each expert got, per MoE block.

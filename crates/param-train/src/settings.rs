@@ -5,10 +5,11 @@ use serde::{Deserialize, Serialize};
 use crate::cpu::{Capacity, Compute, Precision};
 use crate::data::Layout;
 use crate::error::Error;
-use crate::optimizer::AdamW;
+use crate::optimizer::{AdamW, Group, Muon};
 use crate::schedule::Schedule;
+use crate::spikes;
 use param_kernels::Arithmetic;
-use param_model::Config;
+use param_model::{Config, tensors};
 
 /// How many tokens an expert takes in training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,6 +62,9 @@ pub struct Settings {
     pub batch_size: usize,
     /// Batches whose gradients make one step.
     pub accumulation: usize,
+    /// Steps over which they rise to that from one; at once where 0.
+    #[serde(default)]
+    pub accumulation_warmup: u64,
     /// Tokens of a row.
     pub context: usize,
     /// How documents become rows.
@@ -68,8 +72,20 @@ pub struct Settings {
     pub layout: Layout,
     /// Learning rate by step; `schedule.total` is the length of the run.
     pub schedule: Schedule,
-    /// Optimizer.
+    /// Optimizer of what Muon does not move.
     pub adamw: AdamW,
+    /// Optimizer of the matrices of blocks; AdamW as well where `None`.
+    #[serde(default)]
+    pub muon: Option<Muon>,
+    /// Factors of the learning rates of tensors whose checkpoint names match a pattern, the last one that does.
+    #[serde(default)]
+    pub lr_scale: Vec<(String, f32)>,
+    /// Patterns of checkpoint names of tensors without weight decay.
+    #[serde(default)]
+    pub no_decay: Vec<String>,
+    /// What is done about loss spikes; nothing where `None`.
+    #[serde(default)]
+    pub spikes: Option<spikes::Rule>,
     /// What matrix products are computed in.
     #[serde(default)]
     pub dtype: Dtype,
@@ -104,6 +120,23 @@ impl Settings {
             Dtype::Bf16 => Precision::Bf16,
         };
         Compute { n_thread, precision, recompute: self.recompute }
+    }
+
+    /// Batches of step `step`, from 0.
+    pub fn n_batch(&self, step: u64) -> u64 {
+        let all = self.accumulation as u64;
+        if step >= self.accumulation_warmup { all } else { 1 + (all - 1) * step / self.accumulation_warmup }
+    }
+
+    /// Number of the first batch of step `step`, from 0.
+    pub fn first_batch(&self, step: u64) -> u64 {
+        let warming = step.min(self.accumulation_warmup);
+        (0..warming).map(|step| self.n_batch(step)).sum::<u64>() + (step - warming) * self.accumulation as u64
+    }
+
+    /// Muon's learning rate of step `step`, from 0: the others' curve up to its own highest.
+    pub fn muon_lr(&self, step: u64) -> f32 {
+        self.muon.map_or(0.0, |muon| self.schedule.at(step) / self.schedule.peak * muon.lr)
     }
 
     /// Checks the numbers against each other and the model.
@@ -145,6 +178,26 @@ impl Settings {
                 return fail(flag, format!("is {value}: expected {expected}"));
             }
         }
+        if let Some(Muon { lr, momentum }) = self.muon {
+            if !positive(lr) {
+                return fail("muon-lr", format!("is {lr}: expected a positive number"));
+            }
+            if !(0.0..1.0).contains(&momentum) {
+                return fail("momentum", format!("is {momentum}: expected 0 up to, not including, 1"));
+            }
+        }
+        if let Some((pattern, factor)) =
+            self.lr_scale.iter().find(|(_, factor)| !(*factor >= 0.0 && factor.is_finite()))
+        {
+            return fail("lr-scale", format!("{pattern}={factor}: expected a factor of zero or more"));
+        }
+        if let Some(rule) = self.spikes.filter(|rule| !positive(rule.z)) {
+            return fail("spike-z", format!("is {}: expected a positive number", rule.z));
+        }
+        if self.accumulation_warmup > 0 && self.accumulation == 1 {
+            return fail("accumulate-warmup", "has nothing to rise to: give --accumulate as well".to_owned());
+        }
+        Group::all(&tensors(config), self)?;
         Ok(())
     }
 }

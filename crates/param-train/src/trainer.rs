@@ -85,7 +85,7 @@ impl Trainer {
     ) -> Result<Self, Error> {
         folder.check_unused()?;
         folder.create()?;
-        let learner = Learner::new(config, &settings, n_thread);
+        let learner = Learner::new(config, &settings, n_thread)?;
         let state = State::new(settings, corpus.digest());
         Self::start(folder, learner, state, corpus, None)
     }
@@ -106,7 +106,7 @@ impl Trainer {
         }
         state.settings = settings;
         let saved = Some((state.step, state.is_step_open));
-        let learner = Learner::restored(&config, &state.settings, n_thread, params, moments);
+        let learner = Learner::restored(&config, &state.settings, n_thread, params, moments, state.watch)?;
         Self::start(folder, learner, state, corpus, saved)
     }
 
@@ -208,10 +208,10 @@ impl Trainer {
     fn step(&mut self) -> Result<StepRecord, Error> {
         let start = Instant::now();
         let Self { learner, state, batches, .. } = self;
-        let n_batch = state.settings.accumulation as u64;
-        let first = state.step * n_batch;
+        let settings = &state.settings;
+        let [first, end, next_end] = [0, 1, 2].map(|ahead| settings.first_batch(state.step + ahead));
         learner.model.profile().enter(Section::Data);
-        let step_batches = batches.take(first..first + n_batch, first + n_batch..first + 2 * n_batch)?;
+        let step_batches = batches.take(first..end, end..next_end)?;
         let record = learner.step(&state.settings, state.step, &step_batches)?;
         state.step += 1;
         state.n_target += record.n_target;
@@ -224,7 +224,7 @@ impl Trainer {
             memory: memory::peak(),
             seconds: state.seconds,
             n_target: state.n_target,
-            epoch: batches.batches().epochs_before(first + n_batch),
+            epoch: batches.batches().epochs_before(end),
             ..record
         })
     }
@@ -260,7 +260,8 @@ impl Trainer {
         if self.saved == now {
             return Ok(());
         }
-        let Self { learner: Learner { model, params, moments, .. }, state, corpus, folder, .. } = self;
+        let Self { learner: Learner { model, params, moments, watch, .. }, state, corpus, folder, .. } = self;
+        state.watch = *watch;
         let path: PathBuf = folder.save(model.config(), &corpus.tokenizer, model.table(), params, moments, state)?;
         self.saved = now;
         observe(Event::Saved(&path));

@@ -6,11 +6,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use param_model::{Config, Tokenizer};
 use param_train::checkpoint::RunFolder;
-use param_train::data::{Layout, find, prepare, split};
+use param_train::data::{find, prepare, split};
 use param_train::metrics::{EvalRecord, METRICS_FILE};
-use param_train::optimizer::{AdamW, Decay};
-use param_train::schedule::{Curve, Schedule};
-use param_train::settings::{Dropping, Dtype, Settings};
+use param_train::recipe::Recipe;
+use param_train::schedule::Schedule;
+use param_train::settings::Settings;
+use param_train::spikes::{Action, Rule};
 use param_train::trainer::{Corpus, Event, Outcome, Trainer};
 
 fn corpus(folder: &Path) -> Corpus {
@@ -28,32 +29,26 @@ fn corpus(folder: &Path) -> Corpus {
 }
 
 fn settings() -> Settings {
+    let base = Recipe::Recommended.settings(&Config::preset("param-tiny").unwrap(), 6);
+    let schedule = Schedule { peak: 1e-2, warmup: 2, ..base.schedule };
+    let spikes = Some(Rule { z: 6.0, action: Action::Clip });
+    // Steps of one, one and two batches.
+    let (accumulation, accumulation_warmup) = (2, 2);
+    let (eval_every, save_every, keep, sample_every, sample_tokens) = (3, 0, 1, 3, 4);
     Settings {
         seed: 1,
         batch_size: 4,
-        accumulation: 1,
+        accumulation,
+        accumulation_warmup,
         context: 16,
-        layout: Layout::Packed,
-        schedule: Schedule {
-            peak: 1e-2,
-            warmup: 2,
-            total: 6,
-            curve: Curve::Cosine,
-            final_fraction: 0.1,
-            decay_fraction: 0.2,
-        },
-        adamw: AdamW { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, decay: Decay::Matrices },
-        dtype: Dtype::F32,
-        recompute: false,
-        clip: 1.0,
-        dropping: Dropping::Never,
-        eval_every: 3,
-        eval_batches: 0,
-        save_every: 0,
-        keep: 1,
-        sample_every: 3,
-        sample_tokens: 4,
-        sample_prompt: String::new(),
+        schedule,
+        spikes,
+        eval_every,
+        save_every,
+        keep,
+        sample_every,
+        sample_tokens,
+        ..base
     }
 }
 

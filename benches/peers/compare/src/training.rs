@@ -132,7 +132,12 @@ impl Group<'_> {
     /// Runs one turn of an engine; flags of the PyTorch script say which, none ours.
     fn row(&self, args: &Args, flags: Option<&[&str]>) -> Result<Value> {
         let (mut command, [config, batch, steps]) = match (flags, &args.torch) {
-            (None, _) => (args.program("param-train"), ["--config", "--batch-size", "--benchmark"]),
+            (None, _) => {
+                let mut command = args.program("param-train");
+                // The optimizer that PyTorch has.
+                command.args(["--optimizer", "adamw"]);
+                (command, ["--config", "--batch-size", "--benchmark"])
+            }
             (Some(flags), Some(python)) => {
                 let mut command = Command::new(python);
                 command.arg(torch_script("bench_training.py")).args(flags);

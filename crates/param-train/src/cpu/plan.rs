@@ -4,6 +4,7 @@ use param_model::{Config, tensors};
 
 use super::head;
 use super::machine::Compute;
+use crate::optimizer::Group;
 
 /// Bytes by what they hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,7 +13,7 @@ pub struct Memory {
     pub parameters: u64,
     /// Their gradients.
     pub gradients: u64,
-    /// The optimizer's two moments.
+    /// The optimizer's moments.
     pub moments: u64,
     /// What blocks keep for the backward pass.
     pub activations: u64,
@@ -21,8 +22,9 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Needed to train `config` on batches of `n_row` rows of `n_col` tokens without dropped choices; within a tenth.
-    pub fn plan(config: &Config, compute: Compute, (n_row, n_col): (usize, usize)) -> Self {
+    /// Needed to train `config` on batches of `n_row` rows of `n_col` tokens without dropped choices; within a tenth. `groups` are
+    /// those of its tensors.
+    pub fn plan(config: &Config, groups: &[Group], compute: Compute, (n_row, n_col): (usize, usize)) -> Self {
         let f32s = |n: usize| 4 * n as u64;
         let values = |n: usize| 4 * compute.precision.words(n) as u64;
         let (n_token, d, n_ff) = (n_row * n_col, config.n_embd, config.n_ff());
@@ -45,10 +47,14 @@ impl Memory {
             false => 0,
         };
         let n_logit = head::rows_per_chunk(config.n_vocab).min(n_token) * config.n_vocab;
-        let working = wide + again + 3 * f32s(rows) + 6 * values(rows) + f32s(n_logit) + values(n_logit);
-        let n_param = tensors(config).iter().map(|t| t.n_elements()).sum::<usize>();
-        let parameters = f32s(n_param);
-        Self { parameters, gradients: parameters, moments: 2 * parameters, activations, working }
+        let mut working = wide + again + 3 * f32s(rows) + 6 * values(rows) + f32s(n_logit) + values(n_logit);
+        let table = tensors(config);
+        let parameters = f32s(table.iter().map(|t| t.n_elements()).sum());
+        let muons = || table.iter().zip(groups).filter(|(_, group)| group.is_muons).map(|(t, _)| t);
+        let moments = 2 * parameters - f32s(muons().map(|t| t.n_elements()).sum());
+        // An update and four squares of its shorter side, by thread.
+        working += compute.n_thread as u64 * muons().map(|_| f32s(d * n_ff + 4 * d * d)).max().unwrap_or(0);
+        Self { parameters, gradients: parameters, moments, activations, working }
     }
 
     /// All of it.

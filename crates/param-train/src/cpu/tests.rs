@@ -10,7 +10,9 @@ use super::{
 };
 use crate::data::IGNORED;
 use crate::init::initialise;
+use crate::optimizer::Group;
 use crate::random::{Key, stream};
+use crate::recipe::Recipe;
 
 fn config() -> Config {
     Config {
@@ -196,7 +198,8 @@ fn a_step_needs_what_was_planned() {
         };
         let compute = Compute { precision, recompute, ..Compute::default() };
         let (_, _, mut model) = step(&config, compute);
-        let plan = Memory::plan(&config, compute, (3, 40));
+        let groups = Group::all(model.table(), &Recipe::AdamW.settings(&config, 1)).unwrap();
+        let plan = Memory::plan(&config, &groups, compute, (3, 40));
         let (planned, used) = (plan.activations + plan.working, model.machine.buffers.n_byte());
         assert!(planned.abs_diff(used) <= used / 10, "{compute:?}: planned {planned}, used {used}");
         if !recompute {
