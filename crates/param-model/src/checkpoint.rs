@@ -225,6 +225,7 @@ impl Checkpoint {
             n_expert_used: 1,
             moe_stride: 1,
             qkv_bias: true,
+            use_selection_bias: true,
             ..Config::preset("param-tiny")?
         };
         let names = tensors::tensors(&probe);
@@ -266,6 +267,7 @@ impl Checkpoint {
             qkv_bias: self.shard_of.contains_key(&name_in(Part::AttnQBias, 0)),
             expert_bias: moe.is_empty() || self.shard_of.contains_key(&name_in(Part::ExpertUpBias, first)),
             use_noisy_top_k: moe.is_empty() || self.shard_of.contains_key(&name_in(Part::RouterNoise, first)),
+            use_selection_bias: self.shard_of.contains_key(&name_in(Part::SelectionBias, first)),
             ..Config::preset("param-0.5b")?
         };
         config.checked(&self.path.display().to_string())
@@ -459,6 +461,7 @@ mod tests {
             Config { n_layer: 4, moe_stride: 1, qkv_bias: true, expert_bias: false, ..tiny() },
             Config { n_layer: 5, moe_stride: 3, moe_phase: 1, use_noisy_top_k: false, ..tiny() },
             Config { n_expert: 1, n_expert_used: 1, moe_stride: 1, ..tiny() },
+            Config { use_selection_bias: true, ..tiny() },
         ] {
             let path = folder.path().join("m.safetensors");
             write(&path, &config);

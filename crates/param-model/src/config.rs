@@ -80,6 +80,10 @@ pub struct Config {
     /// Whether the router has a learned noise: `logits += softplus(x Wnoise^T) · N(0, 1)` in training.
     #[serde(default = "yes")]
     pub use_noisy_top_k: bool,
+    /// Whether a bias per expert decides with the logits which experts are chosen, though not how they are weighed: moved after
+    /// each step of training by the experts' load, it balances without a loss (Wang et al. 2024). The reference has none.
+    #[serde(default, skip_serializing_if = "is_no")]
+    pub use_selection_bias: bool,
     /// Weight of the load-balancing loss, summed over blocks.
     #[serde(default = "aux_loss_weight")]
     pub aux_loss_weight: f32,
@@ -117,6 +121,9 @@ pub struct Config {
 
 fn yes() -> bool {
     true
+}
+fn is_no(flag: &bool) -> bool {
+    !flag
 }
 fn one() -> f32 {
     1.0

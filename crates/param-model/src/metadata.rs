@@ -24,6 +24,7 @@ const HEAD_COUNT: &str = "param.attention.head_count";
 const QKV_BIAS: &str = "param.attention.qkv_bias";
 const LAYER_NORM_EPSILON: &str = "param.attention.layer_norm_epsilon";
 const EXPERT_BIAS: &str = "param.expert_bias";
+const EXPERT_SELECTION_BIAS: &str = "param.expert_selection_bias";
 const EXPERT_ACTIVATION: &str = "param.expert_activation";
 const DENSE_ACTIVATION: &str = "param.feed_forward_activation";
 
@@ -67,6 +68,9 @@ impl Config {
         metadata.insert(EXPERT_WEIGHTS_NORM, true)?;
         metadata.insert(QKV_BIAS, self.qkv_bias)?;
         metadata.insert(EXPERT_BIAS, self.expert_bias)?;
+        if self.use_selection_bias {
+            metadata.insert(EXPERT_SELECTION_BIAS, true)?;
+        }
         metadata.insert(LAYER_NORM_EPSILON, self.norm_eps)?;
         metadata.insert(EXPERT_ACTIVATION, self.expert_activation.name())?;
         metadata.insert(DENSE_ACTIVATION, self.dense_activation.name())?;
@@ -105,6 +109,7 @@ impl Config {
             moe_phase: int(MOE_LAYER_PHASE)?,
             qkv_bias: flag(QKV_BIAS, reference.qkv_bias)?,
             expert_bias: flag(EXPERT_BIAS, reference.expert_bias)?,
+            use_selection_bias: flag(EXPERT_SELECTION_BIAS, reference.use_selection_bias)?,
             norm_eps: metadata.f32(LAYER_NORM_EPSILON)?,
             expert_activation: activation(EXPERT_ACTIVATION, reference.expert_activation)?,
             dense_activation: activation(DENSE_ACTIVATION, reference.dense_activation)?,
@@ -204,10 +209,13 @@ mod tests {
     fn every_preset_survives_gguf_metadata() {
         for name in Config::preset_names() {
             let config = Config { qkv_bias: true, dropout: 0.1, ..Config::preset(name).unwrap() };
-            let mut metadata = Metadata::new();
-            metadata.insert("general.architecture", ARCHITECTURE).unwrap();
-            config.write_metadata(&mut metadata).unwrap();
-            assert_eq!(Config::from_metadata(&metadata).unwrap(), config, "{name}");
+            for config in [Config { use_selection_bias: true, ..config.clone() }, config] {
+                let mut metadata = Metadata::new();
+                metadata.insert("general.architecture", ARCHITECTURE).unwrap();
+                config.write_metadata(&mut metadata).unwrap();
+                assert_eq!(Config::from_metadata(&metadata).unwrap(), config, "{name}");
+                assert_eq!(metadata.contains(EXPERT_SELECTION_BIAS), config.use_selection_bias);
+            }
         }
     }
 

@@ -23,6 +23,7 @@ pub enum Part {
     FfnNormShift,
     Router,
     RouterNoise,
+    SelectionBias,
     ExpertUp,
     ExpertUpBias,
     ExpertDown,
@@ -123,6 +124,11 @@ pub struct TensorSpec {
 }
 
 impl TensorSpec {
+    /// Whether gradients train it: the selection bias follows the experts' load instead.
+    pub fn has_gradient(&self) -> bool {
+        self.part != Part::SelectionBias
+    }
+
     /// Number of elements.
     pub fn n_elements(&self) -> usize {
         self.shape.iter().product()
@@ -186,6 +192,9 @@ pub fn tensors(config: &Config) -> Vec<TensorSpec> {
             if config.use_noisy_top_k {
                 add(Part::RouterNoise);
             }
+            if config.use_selection_bias {
+                add(Part::SelectionBias);
+            }
             for (weight, bias) in [(Part::ExpertUp, Part::ExpertUpBias), (Part::ExpertDown, Part::ExpertDownBias)] {
                 add(weight);
                 if config.expert_bias {
@@ -243,6 +252,7 @@ fn spec(config: &Config, part: Part, block: Option<usize>) -> TensorSpec {
             ("moe.router.w_g.weight", "ffn_gate_inp.weight", vec![n_expert, n_embd], Role::Router, linear(n_embd))
         }
         RouterNoise => ("moe.router.w_noise.weight", "", vec![n_expert, n_embd], Role::Router, linear(n_embd)),
+        SelectionBias => ("moe.router.selection_bias", "exp_probs_b.bias", vec![n_expert], Bias, Zeros),
         ExpertUp => ("moe.experts.c_fc", "ffn_up_exps.weight", vec![n_expert, n_embd, n_ff], Expert, linear(n_embd)),
         ExpertUpBias => ("moe.experts.fc_bias", "ffn_up_exps.bias", vec![n_expert, 1, n_ff], Bias, Zeros),
         ExpertDown => ("moe.experts.c_proj", "ffn_down_exps.weight", vec![n_expert, n_ff, n_embd], Expert, residual),
@@ -268,7 +278,7 @@ mod tests {
     #[test]
     fn names_are_unique_and_fit_gguf() {
         for preset in Config::preset_names() {
-            let table = tensors(&Config::preset(preset).unwrap());
+            let table = tensors(&Config { use_selection_bias: true, ..Config::preset(preset).unwrap() });
             let mut checkpoint = table.iter().map(|t| &t.checkpoint).collect::<Vec<_>>();
             let mut gguf = table.iter().filter_map(|t| t.gguf.as_ref()).collect::<Vec<_>>();
             assert!(gguf.iter().all(|n| n.len() <= 63));

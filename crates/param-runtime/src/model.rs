@@ -10,7 +10,7 @@ use param_model::{Config, GGUF_HEAD, Part, Role, Tokenizer, tensors};
 
 use crate::error::{Error, Result};
 use crate::kv_cache::CacheType;
-use crate::weights::{Block, FeedForward, Linear, Matrix, Norm, read_f32};
+use crate::weights::{Block, FeedForward, Linear, Matrix, Norm, Router, read_f32};
 
 /// An opened model: read-only, shared by any number of sessions and threads. Matrices stay in the memory-mapped
 /// file, or are repacked from it when the model is opened.
@@ -185,11 +185,12 @@ impl Bind<'_> {
         // Every later block sees what rounding to int8 costs here, against a residual stream that is still small: most of the
         // divergence comes from it, and quantizing these activations twice costs about 1% of a prefill.
         weight.fine = block == 0 && matches!(role, Part::AttnQ | Part::AttnK | Part::AttnV | Part::AttnOut);
-        let bias = match self.name(bias, Some(block)) {
-            Some(name) => read_f32(self.gguf, name)?,
-            None => Vec::new(),
-        };
-        Ok(Linear { weight, bias })
+        Ok(Linear { weight, bias: self.optional(bias, block)? })
+    }
+
+    /// A vector; empty where the model has none.
+    fn optional(&self, part: Part, block: usize) -> Result<Vec<f32>> {
+        self.name(part, Some(block)).map_or(Ok(Vec::new()), |name| read_f32(self.gguf, name))
     }
 
     fn block(&mut self, config: &Config, block: usize) -> Result<Block> {
@@ -206,7 +207,13 @@ impl Bind<'_> {
         } else {
             (Part::FfnUp, Part::FfnUpBias, Part::FfnDown, Part::FfnDownBias)
         };
-        let router = if moe { Some(read_f32(self.gguf, self.required(Part::Router, at)?)?) } else { None };
+        let router = match self.name(Part::Router, at) {
+            Some(name) => Some(Router {
+                weight: read_f32(self.gguf, name)?,
+                selection_bias: self.optional(Part::SelectionBias, block)?,
+            }),
+            None => None,
+        };
         Ok(Block {
             norm1: self.norm(Part::AttnNormScale, Part::AttnNormShift, at)?,
             q,

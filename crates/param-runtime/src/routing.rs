@@ -3,12 +3,15 @@
 use param_kernels::{Kernels, Team, top_k};
 
 use crate::error::{Result, zeroed};
+use crate::weights::Router;
 
 /// The routing of one batch, and the order of rows it gives: expert by expert, by token within each.
 pub(crate) struct Routing {
     pub logits: Vec<f32>,  // [n_token, n_expert]
     pub experts: Vec<u32>, // [n_token, n_used], best first
     pub weights: Vec<f32>, // [n_token, n_used]
+    /// A token's logits with the selection bias.
+    biased: Vec<f32>, // [n_expert]
     /// Experts with at least one row, ascending.
     pub active: Vec<usize>,
     /// Where each active expert's rows start, and where the last one's end: [n_active + 1].
@@ -29,6 +32,7 @@ impl Routing {
             logits: zeroed(WHAT, n_batch.saturating_mul(n_expert))?,
             experts: zeroed(WHAT, n_choice)?,
             weights: zeroed(WHAT, n_choice)?,
+            biased: zeroed(WHAT, n_expert)?,
             active: Vec::with_capacity(n_expert),
             row_starts: Vec::with_capacity(n_expert + 1),
             token_of_row: zeroed(WHAT, n_choice)?,
@@ -53,18 +57,18 @@ impl Routing {
         }
     }
 
-    /// Chooses the `n_used` experts of largest logit for each row of `x` [n_token, n_embd], weighted by a softmax over the
-    /// chosen logits, all in f32. No noise and no capacity: inference is deterministic and drops nothing.
+    /// Chooses the `n_used` experts of largest logit (plus selection bias, if there is one) for each row of `x` [n_token, n_embd],
+    /// weighted by a softmax over the chosen logits, all in f32. No noise and no capacity: inference is deterministic and drops nothing.
     pub fn route(
         &mut self,
         team: &mut Team,
         kernels: &Kernels,
-        router: &[f32],
+        router: &Router,
         x: &[f32],
         n_embd: usize,
         n_used: usize,
     ) {
-        let n_expert = router.len() / n_embd;
+        let n_expert = router.weight.len() / n_embd;
         let n_token = x.len() / n_embd;
         // A chunk of a few tokens is more work than handing it over; a single token stays on the caller.
         const TOKENS: usize = 8;
@@ -72,7 +76,7 @@ impl Routing {
             for (i, logits) in logits.chunks_exact_mut(n_expert).enumerate() {
                 let token = chunk * TOKENS + i;
                 let x = &x[token * n_embd..(token + 1) * n_embd];
-                for (logit, row) in logits.iter_mut().zip(router.chunks_exact(n_embd)) {
+                for (logit, row) in logits.iter_mut().zip(router.weight.chunks_exact(n_embd)) {
                     *logit = kernels.dot(row, x);
                 }
             }
@@ -82,7 +86,13 @@ impl Routing {
             let logits = &self.logits[token * n_expert..(token + 1) * n_expert];
             let experts = &mut self.experts[token * n_used..(token + 1) * n_used];
             let weights = &mut self.weights[token * n_used..(token + 1) * n_used];
-            top_k(logits, experts);
+            if router.selection_bias.is_empty() {
+                top_k(logits, experts);
+            } else {
+                self.biased.copy_from_slice(logits);
+                kernels.axpy(1.0, &router.selection_bias, &mut self.biased);
+                top_k(&self.biased, experts);
+            }
             for (weight, &expert) in weights.iter_mut().zip(&*experts) {
                 *weight = logits[expert as usize];
                 self.counts[expert as usize] += 1;
@@ -125,10 +135,13 @@ mod tests {
     proptest! {
         #[test]
         fn rows_are_grouped_by_expert_and_every_choice_has_one(
-            n_token in 1usize..40, n_expert in 2usize..9, n_used in 1usize..4, seed in prop::collection::vec(-1.0f32..1.0, 40 * 4 + 9 * 4),
+            n_token in 1usize..40, n_expert in 2usize..9, n_used in 1usize..4, biased: bool,
+            seed in prop::collection::vec(-1.0f32..1.0, 40 * 4 + 9 * 4 + 8),
         ) {
             let (n_embd, n_used) = (4, n_used.min(n_expert));
-            let (x, router) = (&seed[..n_token * n_embd], &seed[160..160 + n_expert * n_embd]);
+            let (x, weight) = (&seed[..n_token * n_embd], seed[160..160 + n_expert * n_embd].to_vec());
+            let selection_bias = if biased { seed[196..196 + n_expert].to_vec() } else { Vec::new() };
+            let router = &Router { weight, selection_bias: selection_bias.clone() };
             let mut routing = Routing::new(40, n_expert, n_used).unwrap();
             routing.route(&mut Team::new(2), Kernels::get(), router, x, n_embd, n_used);
             let mut seen = vec![false; n_token * n_used];
@@ -152,8 +165,9 @@ mod tests {
                 for (&e, &w) in chosen.iter().zip(weights) {
                     prop_assert!((w - logit(e).exp() / sum).abs() < 1e-6);
                 }
-                let best_left = (0..n_expert as u32).filter(|e| !chosen.contains(e)).map(logit).fold(f32::MIN, f32::max);
-                prop_assert!(chosen.iter().all(|&e| logit(e) >= best_left));
+                let score = |e: u32| logit(e) + selection_bias.get(e as usize).unwrap_or(&0.0);
+                let best_left = (0..n_expert as u32).filter(|e| !chosen.contains(e)).map(score).fold(f32::MIN, f32::max);
+                prop_assert!(chosen.iter().all(|&e| score(e) >= best_left));
             }
         }
     }

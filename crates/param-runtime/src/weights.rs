@@ -107,11 +107,20 @@ impl Linear {
     }
 }
 
+/// What chooses experts.
+#[derive(Debug)]
+pub(crate) struct Router {
+    /// [n_expert, n_embd].
+    pub weight: Vec<f32>,
+    /// [n_expert]; empty where there is none.
+    pub selection_bias: Vec<f32>,
+}
+
 /// A feed-forward layer. A dense one is a single expert that every token takes.
 #[derive(Debug)]
 pub(crate) struct FeedForward {
-    /// [n_expert, n_embd]; `None` in dense blocks.
-    pub router: Option<Vec<f32>>,
+    /// `None` in dense blocks.
+    pub router: Option<Router>,
     pub up: Linear,
     pub down: Linear,
 }

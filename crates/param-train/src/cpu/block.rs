@@ -33,7 +33,7 @@ struct Affine {
 
 enum Ffn {
     Dense { up: Affine, down: Affine },
-    Experts { router: usize, noise: Option<usize>, up: Affine, down: Affine },
+    Experts { router: usize, noise: Option<usize>, selection_bias: Option<usize>, up: Affine, down: Affine },
 }
 
 /// What a block needs to know of the pass it is in.
@@ -114,6 +114,7 @@ impl Block {
             Ffn::Experts {
                 router: at(Part::Router),
                 noise: index.get(&(Part::RouterNoise, Some(block))).copied(),
+                selection_bias: index.get(&(Part::SelectionBias, Some(block))).copied(),
                 up: affine(Part::ExpertUp, Part::ExpertUpBias),
                 down: affine(Part::ExpertDown, Part::ExpertDownBias),
             }
@@ -184,7 +185,7 @@ impl Block {
                 hidden.give(&mut machine.buffers);
                 (ffn, routing) = (SavedFfn::Dense(pre), None);
             }
-            Ffn::Experts { router, noise, up, down } => {
+            Ffn::Experts { router, noise, selection_bias, up, down } => {
                 let (n_expert, k) = (config.n_expert, config.n_expert_used);
                 let scorer =
                     Scorer { weight: &params[*router], noise: normal.as_ref().and(*noise).map(|at| &params[at][..]) };
@@ -197,7 +198,8 @@ impl Block {
                     });
                 machine.profile.enter(Section::Router);
                 let (logits, drawn) = router::split(scores, normal.filter(|_| noise.is_some()), n_expert);
-                let chosen = router::forward(machine, logits, drawn.as_ref(), (k, n_expert), capacity);
+                let bias = selection_bias.map(|at| &params[at][..]);
+                let chosen = router::forward(machine, logits, drawn.as_ref(), bias, (k, n_expert), capacity);
                 machine.profile.enter(Section::Experts);
                 out.copy_from_slice(&middle);
                 let weights = expert_weights(params, *up, *down);
@@ -264,7 +266,7 @@ impl Block {
                 up.backward_parameters(machine, grads, &dpre, normed.matrix(), n_embd);
                 [dy, dpre, hidden, pre].into_iter().for_each(|values| values.give(&mut machine.buffers));
             }
-            (Ffn::Experts { router, noise: noise_weight, up, down }, SavedFfn::Experts(saved, noise)) => {
+            (Ffn::Experts { router, noise: noise_weight, up, down, .. }, SavedFfn::Experts(saved, noise)) => {
                 machine.profile.enter(Section::Experts);
                 let routing = routing.expect("an MoE block was routed");
                 let mut dout = machine.buffers.take(dx.len()); // [n_token, n_embd]

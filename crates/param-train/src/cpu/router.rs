@@ -58,6 +58,8 @@ pub struct Routing {
     pub aux: f64,
     /// Mean squared log-sum-exp of the logits, unweighted.
     pub z: f64,
+    /// Mean entropy of the softmax over all experts, nats.
+    pub entropy: f64,
 }
 
 /// What scores experts: a matrix [n_expert, n_embd], and that of the noise.
@@ -121,11 +123,19 @@ fn softplus(x: f32) -> f32 {
     x.max(0.0) + (-x.abs()).exp().ln_1p()
 }
 
-/// Routes tokens by their `logits` [n_token, n_expert].
+/// What a token's logits say of how decided the router is.
+#[derive(Clone, Copy, Default)]
+struct Spread {
+    squared_log_sum: f64,
+    entropy: f64,
+}
+
+/// Routes tokens by their `logits` [n_token, n_expert], to which the selection bias [n_expert] is added for the choice alone.
 pub fn forward(
     machine: &mut Machine,
     mut logits: Vec<f32>,
     noise: Option<&Noise>,
+    selection_bias: Option<&[f32]>,
     (k, n_expert): (usize, usize),
     capacity: Capacity,
 ) -> Routing {
@@ -136,18 +146,28 @@ pub fn forward(
     let n_token = logits.len() / n_expert;
     let mut chosen = vec![0; n_token * k];
     let mut weights = vec![0.0; n_token * k];
-    let mut squared = vec![0.0f64; n_token];
-    let outs = ((&mut chosen[..], ROWS * k), (&mut weights[..], ROWS * k), (&mut squared[..], ROWS));
-    machine.team.for_each_chunks(outs.0, outs.1, outs.2, |i, chosen, weights, squared| {
+    let mut spread = vec![Spread::default(); n_token];
+    let outs = ((&mut chosen[..], ROWS * k), (&mut weights[..], ROWS * k), (&mut spread[..], ROWS));
+    machine.team.for_each_chunks(outs.0, outs.1, outs.2, |i, chosen, weights, spread| {
+        let mut row = vec![0.0; n_expert];
         let logits = logits[i * ROWS * n_expert..].chunks_exact(n_expert);
-        let tokens = chosen.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k)).zip(squared);
-        for (((chosen, weights), squared), logits) in tokens.zip(logits) {
-            top_k(logits, chosen);
+        let tokens = chosen.chunks_exact_mut(k).zip(weights.chunks_exact_mut(k)).zip(spread);
+        for (((chosen, weights), spread), logits) in tokens.zip(logits) {
+            row.copy_from_slice(logits);
+            if let Some(bias) = selection_bias {
+                kernels.axpy(1.0, bias, &mut row);
+            }
+            top_k(&row, chosen);
             for (weight, &expert) in weights.iter_mut().zip(&*chosen) {
                 *weight = logits[expert as usize];
             }
             kernels.softmax(weights);
-            *squared = f64::from(kernels.log_sum_exp(logits)).powi(2);
+            let log_sum = f64::from(kernels.log_sum_exp(logits));
+            row.copy_from_slice(logits);
+            kernels.softmax(&mut row);
+            // - sum p ln p, where ln p = logit - log sum; rounding can take it below zero where one expert has all.
+            let entropy = (log_sum - f64::from(kernels.dot(&row, logits))).max(0.0);
+            *spread = Spread { squared_log_sum: log_sum.powi(2), entropy };
         }
     });
 
@@ -159,7 +179,8 @@ pub fn forward(
     }
     let n = n_token as f64;
     let aux = n_expert as f64 * mass.iter().zip(&load).map(|(m, &l)| m / n * (l as f64 / n)).sum::<f64>();
-    let z = squared.iter().sum::<f64>() / n;
+    let z = spread.iter().map(|s| s.squared_log_sum).sum::<f64>() / n;
+    let entropy = spread.iter().map(|s| s.entropy).sum::<f64>() / n;
 
     let mut routing = Routing {
         k,
@@ -169,6 +190,7 @@ pub fn forward(
         load,
         aux,
         z,
+        entropy,
         position: vec![DROPPED; n_token * k],
         ..Routing::default()
     };
@@ -277,12 +299,39 @@ mod tests {
         let (first, second) = ([2.0, 3.0, 0.0, 0.0], [3.0, 0.0, 2.0, 0.0]);
         let logits = [first, first, second, second, second, second].concat();
         let machine = &mut Machine::new(crate::cpu::Compute::default());
-        let routing = forward(machine, logits, None, (2, 4), Capacity::Factor { factor: 0.1, min: 4 });
+        let routing = forward(machine, logits, None, None, (2, 4), Capacity::Factor { factor: 0.1, min: 4 });
         assert_eq!(routing.chosen[..2], [1, 0]);
         assert_eq!(routing.kept[routing.of_expert(0)], [4, 6, 8, 10]);
         assert_eq!((routing.position[1], routing.position[3], routing.n_dropped()), (DROPPED, DROPPED, 2));
         assert_eq!(routing.load, [6, 2, 4, 0]);
         assert_eq!(routing.kept[routing.of_expert(1)], [0, 2]);
+    }
+
+    #[test]
+    fn a_selection_bias_changes_the_choice_and_nothing_else() {
+        let logits = [[2.0, 1.0, 0.0, -1.0], [0.0, 0.5, 3.0, 1.0]].concat();
+        let machine = &mut Machine::new(crate::cpu::Compute::default());
+        let mut route =
+            |bias: Option<&[f32]>| forward(machine, logits.clone(), None, bias, (2, 4), Capacity::Unlimited);
+        let (plain, biased) = (route(None), route(Some(&[0.0, 0.0, 1.5, 2.5])));
+        assert_eq!((&plain.chosen[..], &biased.chosen[..]), (&[0, 1, 2, 3][..], &[0, 2, 2, 3][..]));
+        assert_eq!((plain.z, plain.entropy, &plain.logits), (biased.z, biased.entropy, &biased.logits));
+        let weight = 1.0 / (1.0 + (-2.0f32).exp());
+        assert!((biased.weights[0] - weight).abs() < 1e-6, "{} is not of the raw logits", biased.weights[0]);
+        assert!(route(Some(&[0.0; 4])).weights == plain.weights);
+    }
+
+    /// Bound: rounding of logits to f32.
+    #[test]
+    fn entropy_is_that_of_all_experts() {
+        let machine = &mut Machine::new(crate::cpu::Compute::default());
+        let mut entropy =
+            |logits: &[f32]| forward(machine, logits.to_vec(), None, None, (2, 4), Capacity::Unlimited).entropy;
+        assert!((entropy(&[3.0; 8]) - 4f64.ln()).abs() < 1e-6);
+        assert!(entropy(&[0.0, 500.0, 0.0, 0.0]) < 1e-6);
+        let p = [0.5f64, 0.25, 0.125, 0.125];
+        let expected = -p.iter().map(|p| p * p.ln()).sum::<f64>();
+        assert!((entropy(&p.map(|p| p.ln() as f32)) - expected).abs() < 1e-6);
     }
 
     #[test]
