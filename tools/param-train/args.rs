@@ -7,6 +7,7 @@ use clap::{Args, Parser, ValueEnum};
 use param::cli::{Usage, VERSION};
 use param_model::Config;
 use param_train::data::Layout;
+use param_train::inherit::Source;
 use param_train::optimizer::{Decay, Muon};
 use param_train::recipe::Recipe;
 use param_train::schedule::Curve;
@@ -103,15 +104,30 @@ pub struct Model {
     /// Hyperparameters from a config.json or a preset's .toml instead
     #[arg(long, value_name = "FILE", conflicts_with = "preset")]
     pub config: Option<PathBuf>,
+    /// Start from the weights, config and tokenizer of a checkpoint: a run's folder, or a .safetensors file with both beside it
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["preset", "config", "tokenizer", "vocab_size", "chars", "resume", "eval"])]
+    pub init_from: Option<PathBuf>,
+    /// Make experts of the dense layers of --init-from, each a copy; how many is said by --set num_experts=8 --set top_k=2
+    #[arg(long, requires = "init_from")]
+    pub upcycle: bool,
+    /// Noise in the copies, as a fraction of their weights' root mean square [default: 0: the router tells them apart]
+    #[arg(long, value_name = "FRACTION", requires = "upcycle")]
+    pub upcycle_noise: Option<f32>,
     /// One hyperparameter by its key in config.json, such as num_layers=4
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Tokens of a row, and positions of the model
+    /// Tokens of a row, and positions of the model (--init-from keeps those it has, and adds what is missing)
     #[arg(long, value_name = "N")]
     pub context: Option<usize>,
     /// Dropout probability
     #[arg(long, value_name = "P")]
     pub dropout: Option<f32>,
+    /// Weight of the loss that balances the experts' load; may change when resuming [default: the config's, 0.01]
+    #[arg(long, value_name = "WEIGHT")]
+    pub aux_weight: Option<f32>,
+    /// Weight of the router's z loss; may change when resuming [default: the config's, 0.001]
+    #[arg(long, value_name = "WEIGHT")]
+    pub z_weight: Option<f32>,
 }
 
 #[derive(Args)]
@@ -195,6 +211,13 @@ pub struct Training {
     /// Drop what exceeds an expert's capacity (the config's factors), as the reference does
     #[arg(long)]
     pub capacity: bool,
+    /// Change per step of the bias by which an expert is chosen more or less, in a model with --set use_selection_bias=true
+    /// [default: 0.001]
+    #[arg(long, value_name = "RATE")]
+    pub bias_rate: Option<f32>,
+    /// Leave tensors as they are whose checkpoint names match, such as 'moe\.experts' or '^token_emb' (repeatable)
+    #[arg(long, value_name = "REGEX")]
+    pub freeze: Vec<String>,
     /// How documents become rows [default: packed]
     #[arg(long)]
     pub layout: Option<LayoutName>,
@@ -282,17 +305,27 @@ impl Flags {
     pub fn n_thread(&self) -> usize {
         self.threads.map_or_else(param_kernels::available_threads, usize::from)
     }
+
+    /// Settings of a new run of `steps` steps for `config`, in rows as long as the flags say.
+    pub fn settings(&self, config: &Config, steps: u64) -> Result<Settings> {
+        self.training.check(config)?;
+        let settings = self.training.settings(config, steps);
+        Ok(Settings { context: self.model.context.unwrap_or(settings.context), ..settings })
+    }
 }
 
 impl Model {
     /// The hyperparameters that the flags name, before the tokenizer sets the vocabulary's size.
     pub fn config(&self) -> Result<Config> {
-        let base = match (&self.preset, &self.config) {
-            (_, Some(path)) => Config::from_file(path)?,
-            (Some(name), None) => Config::preset(name)?,
-            (None, None) => bail!(Usage("--preset NAME or --config FILE is needed to know the model's size".into())),
+        let origin = match (&self.preset, &self.config, &self.init_from) {
+            (_, Some(path), _) => Config::from_file(path)?,
+            (Some(name), None, _) => Config::preset(name)?,
+            (None, None, Some(path)) => Source::open(path)?.config().clone(),
+            (None, None, None) => bail!(Usage(
+                "--preset NAME or --config FILE is needed to know the model's size, or --init-from PATH".into()
+            )),
         };
-        let base: serde_json::Value = serde_json::from_str(&base.to_json())?;
+        let base: serde_json::Value = serde_json::from_str(&origin.to_json())?;
         let mut changed = base.clone();
         let mut keys = Vec::new();
         for assignment in &self.set {
@@ -308,17 +341,35 @@ impl Model {
         if let Some(key) = keys.iter().find(|&key| base.get(key).is_none() && written.get(key).is_none()) {
             bail!(Usage(format!("--set {key}: config.json has no such key, or this is its default anyway")));
         }
-        config.n_ctx = self.context.unwrap_or(config.n_ctx);
+        if self.upcycle && !keys.contains(&"expert_activation") {
+            // Experts begin by computing what the dense layers did.
+            config.expert_activation = origin.dense_activation;
+        }
+        let n_learned = if self.init_from.is_some() { config.n_ctx } else { 0 };
+        config.n_ctx = self.context.map_or(config.n_ctx, |n| n.max(n_learned));
         config.dropout = self.dropout.unwrap_or(config.dropout);
+        self.weigh_losses(config)
+    }
+
+    /// `config` with the weights that the flags give the router's losses. A weight that is given is in force.
+    pub fn weigh_losses(&self, mut config: Config) -> Result<Config> {
+        if self.aux_weight.or(self.z_weight).is_some() && !config.use_aux_loss {
+            // That switch gates both losses.
+            (config.use_aux_loss, config.aux_loss_weight, config.router_z_loss_weight) = (true, 0.0, 0.0);
+        }
+        set(&mut config.aux_loss_weight, self.aux_weight);
+        set(&mut config.router_z_loss_weight, self.z_weight);
+        set(&mut config.use_router_z_loss, self.z_weight.map(|_| true));
         config.checked("the command line").map_err(|e| Usage(e.to_string()).into())
     }
 
     /// The preset or the file.
     pub fn name(&self) -> Option<String> {
-        self.preset.clone().or_else(|| self.config.as_ref().map(|path| path.display().to_string()))
+        let path = self.config.as_ref().or(self.init_from.as_ref());
+        self.preset.clone().or_else(|| path.map(|path| path.display().to_string()))
     }
 
-    /// Whether any flag describes a model.
+    /// Whether any flag describes a model; how its losses are weighed belongs to training.
     pub fn is_given(&self) -> bool {
         self.preset.is_some()
             || self.config.is_some()
@@ -341,6 +392,16 @@ impl Training {
             Some(epochs) => Ok(Some(batches_in(epochs).div_ceil(accumulation.max(1) as u64))),
             None => Ok(self.steps),
         }
+    }
+
+    /// Refuses what would have no effect.
+    pub fn check(&self, config: &Config) -> Result<()> {
+        if self.bias_rate.is_some() && !config.use_selection_bias {
+            bail!(Usage(
+                "--bias-rate: the model has no selection bias: it begins with --set use_selection_bias=true".into()
+            ));
+        }
+        Ok(())
     }
 
     /// Settings of a new run of `steps` steps for `config`.
@@ -395,6 +456,8 @@ impl Training {
         set(&mut s.sample_tokens, self.sample_tokens);
         set(&mut s.sample_prompt, self.sample_prompt.clone());
         set(&mut s.adamw.decay, self.decay_all.then_some(Decay::All));
+        set(&mut s.bias_rate, self.bias_rate);
+        set(&mut s.freeze, Some(self.freeze.clone()).filter(|patterns| !patterns.is_empty()));
         set(&mut s.dropping, self.capacity.then_some(Dropping::ByCapacity));
         let curve = self.schedule.map(|name| match name {
             ScheduleName::Cosine => Curve::Cosine,
@@ -433,6 +496,21 @@ mod tests {
     #[test]
     fn the_flags_are_consistent() {
         Flags::command().debug_assert();
+    }
+
+    #[test]
+    fn a_weight_given_is_in_force_and_leaves_the_other_as_it_was() {
+        let weights = |args: &[&str]| {
+            let flags = ["param-train", "--preset", "param-tiny", "--out", "x"].iter().chain(args);
+            let config = Flags::parse_from(flags).model.config().unwrap();
+            let on = |flag: bool, weight: f32| if flag { weight } else { 0.0 };
+            let z = on(config.use_router_z_loss, config.router_z_loss_weight);
+            (on(config.use_aux_loss, config.aux_loss_weight), on(config.use_aux_loss, z))
+        };
+        assert_eq!(weights(&["--aux-weight=0.5"]), (0.5, 0.001));
+        assert_eq!(weights(&["--z-weight=0.5", "--set=use_router_z_loss=false"]), (0.01, 0.5));
+        assert_eq!(weights(&["--z-weight=0.5", "--set=use_aux_loss=false"]), (0.0, 0.5));
+        assert_eq!(weights(&["--aux-weight=0.5", "--set=use_aux_loss=false"]), (0.5, 0.0));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::profile;
 /// Measures `steps` steps: one JSON object on standard output, with `--profile` a table on standard error.
 pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
     let config = flags.model.config()?;
-    let settings = flags.training.settings(&config, steps);
+    let settings = flags.settings(&config, steps)?;
     let n_thread = flags.n_thread();
     let result = benchmark(&config, &settings, n_thread, steps)?;
     let mut sorted = result.tokens_per_s.clone();

@@ -19,7 +19,7 @@ const UTILISATION: f64 = 0.5;
 pub fn run(flags: &Flags) -> Result<ExitCode> {
     let config = flags.model.config()?;
     let steps = flags.training.steps.unwrap_or(Training::STEPS);
-    let settings = flags.training.settings(&config, steps);
+    let settings = flags.settings(&config, steps)?;
     settings.check(&config)?;
     let n_thread = flags.n_thread();
     let groups = Group::all(&param_model::tensors(&config), &settings)?;

@@ -24,8 +24,10 @@ use param_train::Error;
 use param_train::checkpoint::{RunFolder, read_model, write_model};
 use param_train::cpu::{Model, Section};
 use param_train::data::{Batches, DataError, Vocabulary};
+use param_train::inherit::{Plan, Source};
 use param_train::init::initialise;
 use param_train::memory;
+use param_train::optimizer::Group;
 use param_train::settings::Settings;
 use param_train::trainer::{Corpus, Outcome, Trainer, evaluate_part};
 
@@ -71,17 +73,21 @@ fn run(flags: &Flags) -> Result<ExitCode> {
 
 fn initialise_only(flags: &Flags, out: &Path) -> Result<ExitCode> {
     let mut config = flags.model.config()?;
-    let tokenizer = flags.data.tokenizer.as_deref().map(Tokenizer::from_file).transpose()?;
-    if let Some(tokenizer) = &tokenizer {
+    let beginning = beginning(flags, &config)?;
+    let tokenizer = match &beginning {
+        Some((source, _)) => Some(source.tokenizer()?),
+        None => flags.data.tokenizer.as_deref().map(Tokenizer::from_file).transpose()?,
+    };
+    if let (Some(tokenizer), None) = (&tokenizer, &beginning) {
         config.n_vocab = tokenizer.n_vocab();
     }
-    let seed = flags.training.settings(&config, 1).seed;
+    let seed = flags.settings(&config, 1)?.seed;
     let named = || out.display().to_string();
     if out.exists() {
         // Only an empty folder can be removed: nobody's weights are replaced by random ones.
         std::fs::remove_dir(out).with_context(|| format!("{}: expected a new or an empty folder", named()))?;
     }
-    let params = initialise(&config, seed);
+    let params = first_params(flags, beginning, &config, seed)?;
     write_folder(out, |partial| anyhow::Ok(write_model(partial, &config, tokenizer.as_ref(), &params)?))
         .with_context(named)?;
     writeln!(stdout(), "{}: {}", out.join(WEIGHTS_FILE).display(), describe(&config))?;
@@ -161,19 +167,59 @@ fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer>
     folder.check_unused()?;
     let mut config = flags.model.config()?;
     // How many steps epochs are is known once the data is read; nothing else that can be wrong in the settings depends on it.
-    let early = flags.training.settings(&config, flags.training.steps.unwrap_or(1));
+    let early = flags.settings(&config, flags.training.steps.unwrap_or(1))?;
     early.check(&config)?;
+    let beginning = beginning(flags, &config)?;
     let choice = DataChoice::from_flags(&flags.data, early.seed)?;
-    let tokenizer = choice.tokenizer(&flags.data, &config)?;
-    config.n_vocab = tokenizer.n_vocab();
+    let tokenizer = match &beginning {
+        Some((source, _)) => source.tokenizer()?,
+        None => choice.tokenizer(&flags.data, &config)?,
+    };
+    if beginning.is_none() {
+        config.n_vocab = tokenizer.n_vocab();
+    }
     // Before tokenizing, so that a folder that cannot be written costs no time.
     folder.create()?;
     let corpus = choice.corpus(&tokens_folder(&folder), tokenizer, stop)?;
     let steps = steps(&flags.training, &corpus, &early)?.unwrap_or(Training::STEPS);
-    let settings = flags.training.settings(&config, steps);
+    let settings = flags.settings(&config, steps)?;
     choice.save(folder.path())?;
     eprintln!("{}, on {} threads", describe(&config), flags.n_thread());
-    Ok(Trainer::new(folder, &config, settings, corpus, flags.n_thread())?)
+    report_frozen(&config, &settings)?;
+    let params = first_params(flags, beginning, &config, settings.seed)?;
+    Ok(Trainer::new(folder, &config, params, settings, corpus, flags.n_thread())?)
+}
+
+/// The checkpoint that a new run starts from, if the flags name one, and what becomes of its tensors in `config`.
+fn beginning(flags: &Flags, config: &Config) -> Result<Option<(Source, Plan)>> {
+    let Some(path) = &flags.model.init_from else { return Ok(None) };
+    if let Some(noise) = flags.model.upcycle_noise.filter(|noise| !(*noise >= 0.0 && noise.is_finite())) {
+        bail!(Usage(format!("--upcycle-noise {noise}: expected zero or more")));
+    }
+    let source = Source::open(path)?;
+    let plan = source.plan(config, flags.model.upcycle)?;
+    Ok(Some((source, plan)))
+}
+
+/// Parameters of a new run: a checkpoint's, or random ones.
+fn first_params(flags: &Flags, beginning: Option<(Source, Plan)>, config: &Config, seed: u64) -> Result<Vec<Vec<f32>>> {
+    let (Some((source, plan)), Some(path)) = (beginning, &flags.model.init_from) else {
+        return Ok(initialise(config, seed));
+    };
+    eprintln!("starting from {}: {plan}", path.display());
+    Ok(source.params(&plan, seed, flags.model.upcycle_noise.unwrap_or(0.0))?)
+}
+
+/// Says what training will leave alone.
+fn report_frozen(config: &Config, settings: &Settings) -> Result<()> {
+    let table = param_model::tensors(config);
+    let groups = Group::all(&table, settings)?;
+    let frozen = table.iter().zip(groups).filter(|(_, group)| group.is_frozen).map(|(spec, _)| spec.n_elements());
+    let frozen = frozen.collect::<Vec<_>>();
+    if !frozen.is_empty() {
+        eprintln!("frozen: {} tensors, {} parameters", frozen.len(), HumanCount(frozen.iter().sum::<usize>() as u64));
+    }
+    Ok(())
 }
 
 fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer> {
@@ -188,7 +234,9 @@ fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer
                 .into()
         ));
     }
-    let restored = folder.restore()?;
+    let mut restored = folder.restore()?;
+    restored.config = flags.model.weigh_losses(restored.config)?;
+    flags.training.check(&restored.config)?;
     let last = folder.last().context("restored from it")?;
     let tokenizer = Tokenizer::from_file(&last.join(TOKENIZER_FILE))?;
     let settings = flags.training.apply(restored.state.settings.clone());
@@ -202,6 +250,7 @@ fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer
     let total = steps(&flags.training, &corpus, &settings)?.unwrap_or(settings.schedule.total);
     let schedule = param_train::schedule::Schedule { total, ..settings.schedule };
     eprintln!("{}, resumed at step {} of {total}", describe(&restored.config), restored.state.step);
+    report_frozen(&restored.config, &settings)?;
     Ok(Trainer::resume(folder, restored, Settings { schedule, ..settings }, corpus, flags.n_thread())?)
 }
 

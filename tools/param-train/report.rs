@@ -51,6 +51,16 @@ impl Report {
     pub fn show(&mut self, event: Event) {
         match event {
             Event::Step(record) => self.step(record),
+            Event::Starved(record) => self.line(&format!(
+                "warning: block {}: expert {} got {:.2}% of the choices over the last {} steps ({:.1}% is balanced): go on with \
+                 --resume and a higher --aux-weight or, if the model has a selection bias (--set use_selection_bias=true when it is \
+                 begun), a higher --bias-rate",
+                record.block,
+                record.starved_expert,
+                100.0 * record.share,
+                record.n_step,
+                100.0 * record.balanced
+            )),
             Event::Evaluated(record) => self.line(&format!(
                 "step {:>6}  validation loss {:.4} nats/token, {:.4} bits/byte ({} tokens in {:.1} s)",
                 record.step,

@@ -8,6 +8,7 @@ use rand::RngExt;
 use crate::cpu::{Section, Spent, operations_per_token};
 use crate::data::Batch;
 use crate::error::Error;
+use crate::init::initialise;
 use crate::learner::Learner;
 use crate::random::stream;
 use crate::settings::Settings;
@@ -37,7 +38,7 @@ pub struct Benchmark {
 /// Settings that do not fit the model, or a loss that is not finite.
 pub fn benchmark(config: &Config, settings: &Settings, n_thread: usize, steps: u64) -> Result<Benchmark, Error> {
     settings.check(config)?;
-    let mut learner = Learner::new(config, settings, n_thread)?;
+    let mut learner = Learner::new(config, settings, n_thread, initialise(config, settings.seed))?;
     let mut rng = stream(settings.seed, STREAM);
     let mut batch = || {
         let n = settings.batch_size * settings.context;

@@ -1,6 +1,7 @@
 //! Initial parameters (the reference's initialisation, as the tensor table states it per tensor).
 
-use param_model::{Config, Init, tensors};
+use param_model::{Config, Init, TensorSpec, tensors};
+use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 
@@ -12,21 +13,28 @@ const FIRST_STREAM: u64 = 1 << 63;
 /// Parameters of a new model, one vector per entry of the tensor table. Depends on the seed alone, not on threads.
 pub fn initialise(config: &Config, seed: u64) -> Vec<Vec<f32>> {
     let table = tensors(config);
-    let draw = |(i, spec): (usize, &param_model::TensorSpec)| {
-        let n = spec.n_elements();
-        let mut rng = stream(seed, FIRST_STREAM + i as u64);
-        let mut normal = || -> f32 { StandardNormal.sample(&mut rng) };
-        match spec.init {
-            Init::Zeros => vec![0.0; n],
-            Init::Ones => vec![1.0; n],
-            Init::Normal { std } => (0..n).map(|_| std * normal()).collect(),
-            Init::TruncatedNormal { std } => {
-                let mut within = || std::iter::repeat_with(&mut normal).find(|x| x.abs() <= 2.0).unwrap_or(0.0);
-                (0..n).map(|_| std * within()).collect()
-            }
+    table.par_iter().enumerate().map(|(index, spec)| initial(spec, seed, index)).collect()
+}
+
+/// Initial values of the tensor at `index` in the table.
+pub fn initial(spec: &TensorSpec, seed: u64, index: usize) -> Vec<f32> {
+    let n = spec.n_elements();
+    let mut rng = tensor_stream(seed, index);
+    let mut normal = || -> f32 { StandardNormal.sample(&mut rng) };
+    match spec.init {
+        Init::Zeros => vec![0.0; n],
+        Init::Ones => vec![1.0; n],
+        Init::Normal { std } => (0..n).map(|_| std * normal()).collect(),
+        Init::TruncatedNormal { std } => {
+            let mut within = || std::iter::repeat_with(&mut normal).find(|x| x.abs() <= 2.0).unwrap_or(0.0);
+            (0..n).map(|_| std * within()).collect()
         }
-    };
-    table.par_iter().enumerate().map(draw).collect()
+    }
+}
+
+/// The random numbers that the tensor at `index` in the table begins with.
+pub fn tensor_stream(seed: u64, index: usize) -> ChaCha8Rng {
+    stream(seed, FIRST_STREAM + index as u64)
 }
 
 #[cfg(test)]

@@ -1,12 +1,13 @@
 //! A model with what training it needs: gradients, the optimizer's moments, and the step that ties them together.
 
+use std::cmp::Ordering;
+
 use param_kernels::arithmetic_peak;
-use param_model::Config;
+use param_model::{Config, Part};
 
 use crate::cpu::{GradientScale, Losses, Mode, Model, NoiseSource, Routing, Section, Sequences};
 use crate::data::Batch;
 use crate::error::Error;
-use crate::init::initialise;
 use crate::metrics::StepRecord;
 use crate::optimizer::{self, Group, Moments, MuonScratch, clip_factor, global_norm};
 use crate::random::Key;
@@ -30,15 +31,14 @@ pub struct Learner {
 }
 
 impl Learner {
-    /// A freshly initialised model.
+    /// A model that has learned nothing under these settings, from these parameters.
     ///
     /// # Errors
     /// Patterns of `settings` that match nothing.
-    pub fn new(config: &Config, settings: &Settings, n_thread: usize) -> Result<Self, Error> {
+    pub fn new(config: &Config, settings: &Settings, n_thread: usize, params: Vec<Vec<f32>>) -> Result<Self, Error> {
         let model = Model::new(config, settings.compute(n_thread));
         let groups = Group::all(model.table(), settings)?;
         let moments = Moments::zeros(model.table(), &groups);
-        let params = initialise(config, settings.seed);
         Ok(Self::with(model, groups, params, moments, Watch::default()))
     }
 
@@ -95,6 +95,10 @@ impl Learner {
             losses.push(model.loss_and_gradients(params, grads, sequences(batch), &batch.target, mode, scale));
         }
         model.profile().enter(Section::Optimizer);
+        for (g, _) in grads.iter_mut().zip(&*groups).filter(|(_, group)| group.is_frozen) {
+            // What is not updated neither counts in the norm nor stays for the next step.
+            g.fill(0.0);
+        }
         let grad_norm = global_norm(model.table_and_team().1, grads);
         let total = total_loss(&losses, model.config());
         if !(total.loss.is_finite() && grad_norm.is_finite()) {
@@ -115,9 +119,35 @@ impl Learner {
             let at = optimizer::Step { number: step + 1, lr, muon_lr: settings.muon_lr(step), grad_scale };
             let (table, team) = model.table_and_team();
             optimizer::step(team, scratch, (table, groups), params, grads, moments, settings, at);
+            let biases = (0..table.len()).filter(|&i| table[i].part == Part::SelectionBias);
+            for (block, at) in biases.enumerate().filter(|(_, at)| !groups[*at].is_frozen) {
+                balance(&mut params[at], &load(&losses, block), settings.bias_rate);
+            }
         }
         model.profile().enter(Section::Other);
         Ok(StepRecord { step: step + 1, grad_norm, lr, n_target: n_target as u64, spike, ..total })
+    }
+}
+
+/// Tokens of all batches that chose each expert of the MoE block number `block`, before dropping: [n_expert].
+fn load(losses: &[Losses], block: usize) -> Vec<usize> {
+    let mut sum = vec![0; losses[0].routings[block].load.len()];
+    for routing in losses.iter().map(|l| &l.routings[block]) {
+        sum.iter_mut().zip(&routing.load).for_each(|(sum, load)| *sum += load);
+    }
+    sum
+}
+
+/// Moves selection biases by `rate`: up where an expert's load is below the mean, down where it is above (Wang et al. 2024).
+fn balance(biases: &mut [f32], loads: &[usize], rate: f32) {
+    let total = loads.iter().sum::<usize>();
+    for (bias, n) in biases.iter_mut().zip(loads) {
+        // In whole numbers, so that an expert at the mean stays where it is.
+        *bias += match (n * loads.len()).cmp(&total) {
+            Ordering::Less => rate,
+            Ordering::Equal => 0.0,
+            Ordering::Greater => -rate,
+        };
     }
 }
 
@@ -133,11 +163,13 @@ fn total_loss(losses: &[Losses], config: &Config) -> StepRecord {
     let ce = losses.iter().map(|l| l.cross_entropy.sum).sum::<f64>() / n_target as f64;
     let router_part = losses.iter().map(|l| l.total(config) - l.ce()).sum::<f64>() / losses.len() as f64;
     let routings = || losses.iter().flat_map(|l| &l.routings);
-    let load = |block: usize| {
-        let of_block = losses.iter().map(|l| &l.routings[block]).collect::<Vec<_>>();
-        let choices = of_block.iter().map(|r| r.chosen.len()).sum::<usize>() as f64;
-        (0..config.n_expert).map(|e| of_block.iter().map(|r| r.load[e]).sum::<usize>() as f64 / choices).collect()
+    let blocks = 0..losses[0].routings.len();
+    let share = |block: usize| {
+        let load = load(losses, block);
+        let choices = load.iter().sum::<usize>() as f64;
+        load.iter().map(|&n| n as f64 / choices).collect()
     };
+    let entropy = |block: usize| losses.iter().map(|l| l.routings[block].entropy).sum::<f64>() / losses.len() as f64;
     StepRecord {
         step: 0,
         loss: ce + router_part,
@@ -154,6 +186,19 @@ fn total_loss(losses: &[Losses], config: &Config) -> StepRecord {
         epoch: 0.0,
         spike: None,
         n_dropped: routings().map(Routing::n_dropped).sum(),
-        expert_load: (0..losses[0].routings.len()).map(load).collect(),
+        expert_load: blocks.clone().map(share).collect(),
+        router_entropy: blocks.map(entropy).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn biases_move_against_the_load_and_rest_at_the_mean() {
+        let mut biases = [0.5, 0.0, 0.0, -1.0];
+        balance(&mut biases, &[4, 3, 2, 3], 0.25);
+        assert_eq!(biases, [0.25, 0.0, 0.25, -1.0]);
     }
 }

@@ -14,7 +14,7 @@ use crate::spikes::Spike;
 pub const METRICS_FILE: &str = "metrics.jsonl";
 
 /// One optimizer step.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct StepRecord {
     /// Steps done, this one included.
     pub step: u64,
@@ -51,6 +51,27 @@ pub struct StepRecord {
     pub n_dropped: usize,
     /// Share of the choices that each expert got, per MoE block.
     pub expert_load: Vec<Vec<f64>>,
+    /// Mean over tokens of the entropy of the router's softmax over all experts, nats, per MoE block: 0 where it is certain, `ln
+    /// n_expert` where it does not care.
+    #[serde(default)]
+    pub router_entropy: Vec<f64>,
+}
+
+/// An expert that dies: hardly any token has chosen it for some time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StarvedRecord {
+    /// Steps done.
+    pub step: u64,
+    /// Block of the model.
+    pub block: usize,
+    /// Which of its experts.
+    pub starved_expert: usize,
+    /// Its share of the choices over the last steps.
+    pub share: f64,
+    /// What each expert gets where the load is balanced.
+    pub balanced: f64,
+    /// How many steps that were.
+    pub n_step: u64,
 }
 
 /// One evaluation.

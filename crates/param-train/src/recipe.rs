@@ -5,7 +5,7 @@ use param_model::Config;
 use crate::data::Layout;
 use crate::optimizer::{AdamW, Decay, Muon};
 use crate::schedule::{Curve, Schedule};
-use crate::settings::{Dropping, Dtype, Settings};
+use crate::settings::{Dropping, Dtype, Settings, bias_rate};
 
 /// Where a run's settings come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,6 +49,8 @@ impl Recipe {
             recompute: false,
             clip: 1.0,
             dropping: Dropping::Never,
+            bias_rate: bias_rate(),
+            freeze: Vec::new(),
             eval_every: tenth,
             eval_batches: 0,
             save_every: tenth,

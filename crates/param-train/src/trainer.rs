@@ -11,8 +11,9 @@ use crate::cpu::{Mode, Model, Profile, Section, operations_per_token};
 use crate::data::{Batch, Batches, DataError, Evaluation, Layout, Part, Prefetch, Vocabulary};
 use crate::error::Error;
 use crate::learner::{Learner, sequences};
+use crate::load::LoadWatch;
 use crate::memory;
-use crate::metrics::{EvalRecord, Metrics, SampleRecord, StepRecord};
+use crate::metrics::{EvalRecord, Metrics, SampleRecord, StarvedRecord, StepRecord};
 use crate::random::stream;
 use crate::sample::sample;
 use crate::settings::{Dropping, Settings};
@@ -42,6 +43,8 @@ impl Corpus {
 pub enum Event<'a> {
     /// A step was done.
     Step(&'a StepRecord),
+    /// An expert has had hardly any token for some time.
+    Starved(&'a StarvedRecord),
     /// The held-out part was evaluated.
     Evaluated(&'a EvalRecord),
     /// Text was generated.
@@ -70,22 +73,24 @@ pub struct Trainer {
     peak: f64,
     folder: RunFolder,
     metrics: Metrics,
+    load: LoadWatch,
     /// Step of the newest checkpoint, and whether it was open.
     saved: Option<(u64, bool)>,
 }
 
 impl Trainer {
-    /// A new run in a folder without one, from freshly initialised parameters, on `n_thread` threads.
+    /// A new run in a folder without one, from these parameters, on `n_thread` threads.
     pub fn new(
         folder: RunFolder,
         config: &Config,
+        params: Vec<Vec<f32>>,
         settings: Settings,
         corpus: Corpus,
         n_thread: usize,
     ) -> Result<Self, Error> {
         folder.check_unused()?;
         folder.create()?;
-        let learner = Learner::new(config, &settings, n_thread)?;
+        let learner = Learner::new(config, &settings, n_thread, params)?;
         let state = State::new(settings, corpus.digest());
         Self::start(folder, learner, state, corpus, None)
     }
@@ -134,7 +139,8 @@ impl Trainer {
         let metrics = Metrics::open(folder.path(), state.step)?;
         let batches = Prefetch::new(batches);
         let peak = learner.peak(state.settings.dtype);
-        Ok(Self { learner, state, corpus, vocabulary, batches, peak, folder, metrics, saved })
+        let load = LoadWatch::new(learner.model.config());
+        Ok(Self { learner, state, corpus, vocabulary, batches, peak, folder, metrics, load, saved })
     }
 
     /// Where the run is.
@@ -174,6 +180,10 @@ impl Trainer {
             let record = self.step()?;
             self.metrics.write(&record)?;
             observe(Event::Step(&record));
+            for starved in self.load.see(&record) {
+                self.metrics.write(&starved)?;
+                observe(Event::Starved(&starved));
+            }
             self.state.is_step_open = true;
         }
     }

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use param_model::{Config, Tokenizer};
 use param_train::checkpoint::RunFolder;
 use param_train::data::{find, prepare, split};
+use param_train::init::initialise;
 use param_train::metrics::{EvalRecord, METRICS_FILE};
 use param_train::recipe::Recipe;
 use param_train::schedule::Schedule;
@@ -43,6 +44,8 @@ fn settings() -> Settings {
         context: 16,
         schedule,
         spikes,
+        bias_rate: 0.01,
+        freeze: vec!["norm1".to_owned()],
         eval_every,
         save_every,
         keep,
@@ -61,9 +64,10 @@ fn start(folder: &Path, run: &str) -> Trainer {
         n_head: 3,
         n_layer: 2,
         dropout: 0.1,
+        use_selection_bias: true,
         ..Config::preset("param-tiny").unwrap()
     };
-    Trainer::new(RunFolder::new(&folder.join(run)), &config, settings(), corpus, 2).unwrap()
+    Trainer::new(RunFolder::new(&folder.join(run)), &config, initialise(&config, 1), settings(), corpus, 2).unwrap()
 }
 
 /// Step and loss of every evaluation in a run's metrics.

@@ -25,6 +25,8 @@ pub struct Group {
     pub lr_scale: f32,
     /// Whether weight decay pulls it towards zero.
     pub decays: bool,
+    /// Whether it stays as it is.
+    pub is_frozen: bool,
 }
 
 /// A tensor as Muon takes it: a matrix, or a stack of them.
@@ -37,7 +39,7 @@ impl Group {
     /// Of every tensor, as `settings` have it.
     ///
     /// # Errors
-    /// A pattern that is no regular expression, or that no tensor's name matches.
+    /// A pattern that is no regular expression, or that no tensor's name matches; nothing left to train.
     pub fn all(table: &[TensorSpec], settings: &Settings) -> Result<Vec<Self>, Error> {
         let mut groups = table
             .iter()
@@ -45,6 +47,7 @@ impl Group {
                 is_muons: settings.muon.is_some() && is_muons(spec),
                 lr_scale: 1.0,
                 decays: settings.adamw.decay == Decay::All || !matches!(spec.role, Role::Norm | Role::Bias),
+                is_frozen: false,
             })
             .collect::<Vec<_>>();
         for (pattern, factor) in &settings.lr_scale {
@@ -52,6 +55,12 @@ impl Group {
         }
         for pattern in &settings.no_decay {
             matching(table, "no-decay", pattern)?.into_iter().for_each(|i| groups[i].decays = false);
+        }
+        for pattern in &settings.freeze {
+            matching(table, "freeze", pattern)?.into_iter().for_each(|i| groups[i].is_frozen = true);
+        }
+        if groups.iter().all(|group| group.is_frozen) {
+            return Err(Error::Setting { flag: "freeze", problem: "nothing is left to train".to_owned() });
         }
         Ok(groups)
     }
@@ -121,7 +130,7 @@ enum How {
     Muon { muon: Muon, shape: (usize, usize), lr: f32, keep: f32 },
 }
 
-/// One step of all parameters. Gradients become zero.
+/// One step of all parameters that gradients train and that are not frozen. Their gradients become zero.
 pub fn step(
     team: &mut Team,
     scratch: &mut Vec<MuonScratch>,
@@ -137,6 +146,9 @@ pub fn step(
     let mut tasks = Vec::new();
     let tensors = params.iter_mut().zip(grads).zip(first.iter_mut().zip(second));
     for ((spec, group), ((p, g), (first, second))) in table.iter().zip(groups).zip(tensors) {
+        if group.is_frozen || !spec.has_gradient() {
+            continue;
+        }
         let decay = if group.decays { settings.adamw.weight_decay } else { 0.0 };
         let lr = if group.is_muons { at.muon_lr } else { at.lr } * group.lr_scale;
         let keep = 1.0 - lr * decay;
