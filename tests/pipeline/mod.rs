@@ -1,5 +1,6 @@
 //! The whole way: raw text through training and conversion to running and measuring, each command as a user runs it.
 
+mod beginning;
 mod resuming;
 mod running;
 mod training;

@@ -75,11 +75,12 @@ fn cut_back(finished: &Path, copy: &Path, step: u64) {
 fn a_resumed_run_ends_as_one_that_was_never_stopped() {
     let folder = tempfile::tempdir().unwrap();
     let data = documents(folder.path());
-    for layout in ["packed", "document"] {
+    let more = ["--set=use_selection_bias=true", "--bias-rate=0.1", "--freeze=W_key"];
+    for (layout, more) in [("packed", &[][..]), ("document", &more)] {
         let (whole, resumed) = (folder.path().join(layout), folder.path().join(format!("{layout}-resumed")));
         let flags =
             ["--steps=12", "--save-every=5", "--eval-every=4", "--sample-every=6", "--sample-tokens=9", "--keep=9"];
-        output_of(train(&data, &whole, &RANDOM).args(flags).args(["--layout", layout]));
+        output_of(train(&data, &whole, &RANDOM).args(flags).args(["--layout", layout]).args(more));
         cut_back(&whole, &resumed, 5);
         let out = output_of(&mut resume(&resumed, &[]));
         assert!(out.contains("12 steps"), "{out}");

@@ -121,6 +121,8 @@ fn records_add_up() {
         assert_eq!(loads.len(), 1, "one of the two blocks is a mixture");
         let load = loads[0].as_array().unwrap();
         assert_eq!((load.len(), load.iter().map(|l| l.as_f64().unwrap()).sum::<f64>()), (4, 1.0));
+        let entropies = record["router_entropy"].as_array().unwrap();
+        assert!(entropies.len() == 1 && (0.0..=4f64.ln()).contains(&entropies[0].as_f64().unwrap()), "{record}");
     }
     let steps = |field: &str| series_of_steps(&trained.run(), field);
     assert_eq!(steps("loss"), (1..=10).collect::<Vec<_>>());
