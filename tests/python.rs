@@ -1,5 +1,6 @@
 //! Our files in Python's hands: gguf-py reads and dequantizes the GGUF, the reference's names and forward pass fit the
-//! checkpoint. Where Python or a package is missing, a test says so on standard error and holds of nothing.
+//! checkpoint, TensorBoard reads the event files. Where Python or a package is missing, a test says so on standard error and holds
+//! of nothing.
 
 use std::path::Path;
 use std::process::Command;
@@ -9,7 +10,8 @@ use param_model::Config;
 use param_model::checkpoint::{WEIGHTS_FILE, write_tensors, write_weights};
 
 use crate::command::{output_of, param_convert, param_run, param_train};
-use crate::fixture::{Trained, tiny, write};
+use crate::fixture::{Trained, prose, records, resume, tiny, train, write};
+use crate::pipeline::reporting::event_files;
 use crate::pipeline::{QUANTS, wide_model};
 
 /// A script of `tests/python` to be run, or `None` where its packages are missing.
@@ -145,4 +147,35 @@ fn the_reference_loads_a_checkpoint_by_name_and_shape_and_computes_the_same_logi
         write(folder.path(), "config.json", config.to_json());
         check(folder.path(), config.n_vocab);
     }
+}
+
+/// A run that is killed somewhere past a checkpoint, in the middle of writing, and goes on from there.
+#[test]
+fn tensorboard_reads_of_a_killed_and_resumed_run_what_its_metrics_say() {
+    let Some(mut read) = script("read_events.py", &["numpy", "tensorboard"]) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let (data, run) = (write(folder.path(), "text.txt", prose(6_000, 1)), folder.path().join("run"));
+    let flags = ["--save-every=5", "--eval-every=4", "--sample-every=3", "--sample-tokens=9", "--schedule=constant"];
+    let mut child = train(&data, &run, &flags)
+        .args(["--warmup=3", "--steps=1000000"])
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let n_record = || std::fs::read_to_string(run.join("metrics.jsonl")).map_or(0, |text| text.lines().count());
+    while n_record() < 20 {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended by itself");
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let killed = event_files(&run).pop().unwrap();
+    let mut bytes = std::fs::read(&killed).unwrap();
+    bytes.extend_from_within(..20);
+    std::fs::write(&killed, bytes).unwrap();
+
+    let done = records(&run, "loss").len();
+    output_of(&mut resume(&run, &[&format!("--steps={}", done + 3)]));
+    assert_eq!(event_files(&run).len(), 2);
+    let report = output_of(read.arg(&run));
+    assert!(report.contains("scalars in") && !report.contains(" 0 texts"), "{report}");
 }

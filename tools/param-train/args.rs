@@ -17,6 +17,7 @@ use param_train::spikes;
 /// Train a PARAM model on text: a tokenizer, then the model, in checkpoints that param-convert takes.
 ///
 /// Checkpoints go to DIR/checkpoints, with links DIR/last and DIR/best; losses to DIR/metrics.jsonl; tokens to DIR/tokens.
+/// DIR/report.html, to be opened in a browser, and DIR/tensorboard show the run while it goes.
 /// Ctrl-C saves and stops; --resume goes on where the newest checkpoint is, bit for bit.
 #[derive(Parser)]
 #[command(version = VERSION)]
@@ -38,6 +39,9 @@ pub struct Flags {
     /// Print where the time of a step goes
     #[arg(long)]
     pub profile: bool,
+    /// Keep no report.html and no event files for TensorBoard
+    #[arg(long)]
+    pub no_report: bool,
     /// Steps between lines in a log (a terminal has a bar)
     #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u64).range(1..))]
     pub log_every: u64,

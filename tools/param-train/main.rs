@@ -128,6 +128,9 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
 fn train(flags: &Flags, out: &Path, stop: &AtomicBool) -> Result<ExitCode> {
     let folder = RunFolder::new(out);
     let mut trainer = if flags.task.resume { resume(flags, folder, stop)? } else { start(flags, folder, stop)? };
+    if flags.no_report {
+        trainer = trainer.without_report();
+    }
     let first_step = trainer.state().step;
     let mut report = Report::new(trainer.state(), flags.log_every);
     let outcome = trainer.run(stop, &mut |event| report.show(event));

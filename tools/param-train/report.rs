@@ -74,6 +74,7 @@ impl Report {
                 self.line(&format!("step {:>6}  sample:\n    | {indented}", record.step));
             }
             Event::Saved(path) => self.line(&format!("saved {}", path.display())),
+            Event::NotReported(error) => self.line(&format!("from here on without report: {error}")),
         }
     }
 

@@ -15,6 +15,7 @@ pub mod metrics;
 pub mod optimizer;
 pub mod random;
 pub mod recipe;
+pub mod report;
 pub mod sample;
 pub mod schedule;
 pub mod settings;

@@ -98,6 +98,32 @@ pub struct SampleRecord {
     pub sample: String,
 }
 
+/// A record's fields by name.
+pub type Fields = serde_json::Map<String, serde_json::Value>;
+
+/// What a record is of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// As [`StepRecord`].
+    Step,
+    /// As [`EvalRecord`].
+    Evaluation,
+    /// As [`SampleRecord`].
+    Sample,
+}
+
+/// Step, kind and fields of a line, whichever fields there are: those of other versions as well. `None` if it is no record.
+pub fn read_line(line: &str) -> Option<(u64, Kind, Fields)> {
+    let fields: Fields = serde_json::from_str(line).ok()?;
+    let step = fields.get("step")?.as_u64()?;
+    let kind = match () {
+        () if fields.contains_key("eval_loss") => Kind::Evaluation,
+        () if fields.contains_key("sample") => Kind::Sample,
+        () => Kind::Step,
+    };
+    Some((step, kind, fields))
+}
+
 /// The file, open for appending.
 pub struct Metrics {
     path: PathBuf,
@@ -128,10 +154,11 @@ impl Metrics {
         Ok(Self { path, file })
     }
 
-    /// Appends one record.
-    pub fn write(&mut self, record: &impl Serialize) -> Result<(), Error> {
+    /// Appends one record; returns its line.
+    pub fn write(&mut self, record: &impl Serialize) -> Result<String, Error> {
         let mut line = serde_json::to_string(record).expect("records always serialise");
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(|error| Error::Io { path: self.path.clone(), error })
+        self.file.write_all(line.as_bytes()).map_err(|error| Error::Io { path: self.path.clone(), error })?;
+        Ok(line)
     }
 }

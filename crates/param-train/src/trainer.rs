@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use param_model::{Config, Tokenizer};
+use serde::Serialize;
 
 use crate::checkpoint::{Restored, RunFolder, State};
 use crate::cpu::{Mode, Model, Profile, Section, operations_per_token};
@@ -15,6 +16,7 @@ use crate::load::LoadWatch;
 use crate::memory;
 use crate::metrics::{EvalRecord, Metrics, SampleRecord, StarvedRecord, StepRecord};
 use crate::random::stream;
+use crate::report::{About, Report, Status};
 use crate::sample::sample;
 use crate::settings::{Dropping, Settings};
 
@@ -51,6 +53,8 @@ pub enum Event<'a> {
     Sampled(&'a SampleRecord),
     /// A checkpoint was saved in this folder.
     Saved(&'a Path),
+    /// The report could not be written; the run goes on without it.
+    NotReported(&'a Error),
 }
 
 /// How a run ended.
@@ -76,6 +80,9 @@ pub struct Trainer {
     load: LoadWatch,
     /// Step of the newest checkpoint, and whether it was open.
     saved: Option<(u64, bool)>,
+    is_reported: bool,
+    /// Open while the run goes on, if it is to be and can be written.
+    report: Option<Report>,
 }
 
 impl Trainer {
@@ -140,7 +147,27 @@ impl Trainer {
         let batches = Prefetch::new(batches);
         let peak = learner.peak(state.settings.dtype);
         let load = LoadWatch::new(learner.model.config());
-        Ok(Self { learner, state, corpus, vocabulary, batches, peak, folder, metrics, load, saved })
+        let (is_reported, report) = (true, None);
+        Ok(Self {
+            learner,
+            state,
+            corpus,
+            vocabulary,
+            batches,
+            peak,
+            folder,
+            metrics,
+            load,
+            saved,
+            is_reported,
+            report,
+        })
+    }
+
+    /// The same run without the page and the event files of [`crate::report`].
+    pub fn without_report(mut self) -> Self {
+        self.is_reported = false;
+        self
     }
 
     /// Where the run is.
@@ -165,6 +192,40 @@ impl Trainer {
 
     /// Trains until all steps are done or `stop` is set, saving either way.
     pub fn run(&mut self, stop: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome, Error> {
+        if self.is_reported {
+            let Self { state, corpus, folder, peak, .. } = self;
+            let about = About::new(folder.path(), self.learner.model.config(), &state.settings, corpus, *peak);
+            match Report::open(folder.path(), about, state.step) {
+                Ok(report) => self.report = Some(report),
+                Err(error) => observe(Event::NotReported(&error)),
+            }
+        }
+        let outcome = self.run_steps(stop, observe);
+        let status = match &outcome {
+            Ok(Outcome::Finished) => Status::Finished,
+            Ok(Outcome::Stopped) => Status::Stopped,
+            Err(error) => Status::Failed(error.to_string()),
+        };
+        self.report(observe, |report| report.write(&status));
+        outcome
+    }
+
+    /// Lets the report do something. No training is lost for want of its picture: a report that fails is given up.
+    fn report(&mut self, observe: &mut dyn FnMut(Event), act: impl FnOnce(&mut Report) -> Result<(), Error>) {
+        if let Some(Err(error)) = self.report.as_mut().map(act) {
+            observe(Event::NotReported(&error));
+            self.report = None;
+        }
+    }
+
+    /// Keeps a record in the metrics and in the report.
+    fn record(&mut self, record: &impl Serialize, observe: &mut dyn FnMut(Event)) -> Result<(), Error> {
+        let line = self.metrics.write(record)?;
+        self.report(observe, |report| report.record(&line));
+        Ok(())
+    }
+
+    fn run_steps(&mut self, stop: &AtomicBool, observe: &mut dyn FnMut(Event)) -> Result<Outcome, Error> {
         loop {
             if self.state.is_step_open && !self.close_step(stop, observe)? {
                 self.save(observe)?;
@@ -178,7 +239,7 @@ impl Trainer {
                 return Ok(Outcome::Stopped);
             }
             let record = self.step()?;
-            self.metrics.write(&record)?;
+            self.record(&record, observe)?;
             observe(Event::Step(&record));
             for starved in self.load.see(&record) {
                 self.metrics.write(&starved)?;
@@ -201,7 +262,7 @@ impl Trainer {
             if improved {
                 self.state.best = Some((record.eval_loss, step));
             }
-            self.metrics.write(&record)?;
+            self.record(&record, observe)?;
             observe(Event::Evaluated(&record));
         }
         if sample_every > 0 && due(sample_every) {
@@ -259,7 +320,7 @@ impl Trainer {
         let mut rng = stream(settings.seed, FIRST_SAMPLE_STREAM + state.step);
         let ids = sample(model, params, ids, settings.sample_tokens, &mut rng);
         let record = SampleRecord { step: state.step, sample: corpus.tokenizer.decode(&ids) };
-        self.metrics.write(&record)?;
+        self.record(&record, observe)?;
         observe(Event::Sampled(&record));
         Ok(())
     }
@@ -275,6 +336,7 @@ impl Trainer {
         let path: PathBuf = folder.save(model.config(), &corpus.tokenizer, model.table(), params, moments, state)?;
         self.saved = now;
         observe(Event::Saved(&path));
+        self.report(observe, |report| report.refresh(Duration::ZERO));
         Ok(())
     }
 }
