@@ -93,7 +93,10 @@ impl Plot {
         let (left, top, width, height) = self.area();
         let mut out = String::new();
         let base = top + height;
-        for (x, label) in self.x.ticks((width / 110.0) as usize) {
+        let _ = writeln!(out, "<text class=\"y\" x=\"{:.1}\" y=\"{:.1}\">step</text>", left - 7.0, base + 16.0);
+        // There is nothing between two steps.
+        let n = (width / 110.0).min(self.x.high - self.x.low) as usize;
+        for (x, label) in self.x.ticks(n) {
             let at = left + width * self.x.position(x);
             let _ = write!(out, "<path class=\"tick\" d=\"M{at:.1} {base:.1}v4\"/>");
             let _ = writeln!(out, "<text class=\"x\" x=\"{at:.1}\" y=\"{:.1}\">{label}</text>", base + 16.0);
@@ -117,8 +120,9 @@ impl Chart {
     /// The chart as a figure with title and legend; `id` is its own within the page.
     pub fn figure(&self, id: &str) -> String {
         let references = self.references.iter().map(|(x, _)| *x);
-        let numbers = self.lines.iter().flat_map(|line| line.points.iter().map(|(_, y)| *y)).chain(references);
-        let y = Axis::around(self.scale, numbers);
+        let numbers = self.lines.iter().flat_map(|line| line.points.iter().map(|(_, y)| *y));
+        let bands = self.lines.iter().flat_map(Line::usual_range);
+        let y = Axis::around(self.scale, numbers.chain(bands).chain(references));
         let x = Axis { scale: Scale::Linear, low: 0.0, high: self.last_step.max(1.0) };
         let plot = Plot::new(self.size, x, y);
         let (left, top, width, height) = plot.area();
@@ -126,7 +130,8 @@ impl Chart {
         out += &plot.open("chart", &self.title);
         let _ = writeln!(
             out,
-            "<clipPath id=\"{id}\"><rect x=\"{left}\" y=\"{top}\" width=\"{width}\" height=\"{height}\"/></clipPath>"
+            "<clipPath id=\"{id}\"><rect x=\"{left}\" y=\"{top}\" width=\"{}\" height=\"{height}\"/></clipPath>",
+            width + 4.0 // the whole of the last mark
         );
         out += &plot.grid();
         out += &plot.steps();
@@ -161,6 +166,15 @@ impl Chart {
 }
 
 impl Line {
+    /// What the band spans but for its greatest outliers, which would leave the rest of a chart flat.
+    fn usual_range(&self) -> Vec<f64> {
+        let mut ends = [self.band.iter().map(|b| b.1).collect::<Vec<_>>(), self.band.iter().map(|b| b.2).collect()];
+        ends.iter_mut().for_each(|end| end.sort_by(f64::total_cmp));
+        let [least, greatest] = ends;
+        let n = self.band.len() / 50;
+        least.get(n).into_iter().chain(greatest.iter().rev().nth(n)).copied().collect()
+    }
+
     fn draw(&self, plot: &Plot, out: &mut String) {
         let color = self.color % N_COLOR;
         let path = |points: &mut dyn Iterator<Item = (f64, f64)>| {

@@ -39,7 +39,7 @@ fn class(level: Option<i32>) -> String {
 impl HeatMap<'_> {
     /// The map as a figure with its title.
     pub fn figure(&self) -> String {
-        let row = (160.0 / self.n_expert as f64).clamp(3.0, 16.0);
+        let row = (160.0 / self.n_expert as f64).clamp(3.0, 22.0);
         let (first, stride) = self.steps;
         let n_column = self.columns.len().max(1);
         let x = Axis { scale: Scale::Linear, low: first as f64, high: (first + stride * n_column as u64) as f64 };
@@ -106,10 +106,10 @@ pub fn legend() -> String {
     let (cell, n) = (16.0, 2 * LEVELS + 1);
     let mut out = format!(
         "<svg class=\"legend\" viewBox=\"0 0 420 36\" role=\"img\" aria-label=\"colours of the heat maps\">\n\
-         <path class=\"dead\" d=\"M10 0v14\" style=\"stroke-width:{cell}\"/><text x=\"10\" y=\"30\">dead</text>\n"
+         <path class=\"dead\" d=\"M20 0v14\" style=\"stroke-width:{cell}\"/><text x=\"20\" y=\"30\">dead</text>\n"
     );
     for i in 0..n {
-        let x = 70.0 + cell * f64::from(i);
+        let x = 80.0 + cell * f64::from(i);
         let _ = write!(out, "<path class=\"h{i}\" d=\"M{x} 0v14\" style=\"stroke-width:{cell}\"/>");
         if (i - LEVELS) % PER_OCTAVE as i32 == 0 {
             let label = ["≤ ¼×", "½×", "1/E", "2×", "≥ 4×"][(i / PER_OCTAVE as i32) as usize];

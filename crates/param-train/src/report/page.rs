@@ -206,7 +206,7 @@ fn step_chart(about: &About, history: &History, field: &str, known: Option<&Know
     };
     let mut lines = match &curves[..] {
         [one] if field == "lr" || field == "memory" => vec![plain(field, one, 0)],
-        [one] => smoothed("each step", one),
+        [one] => smoothed("", one),
         many => {
             let name = |i: usize| format!("block {}", about.moe_blocks.get(i).unwrap_or(&i));
             many.iter().enumerate().map(|(i, curve)| plain(&name(i), curve, i)).collect()
@@ -237,15 +237,17 @@ fn plain(name: &str, curve: &Buckets<Point>, color: usize) -> Line {
 fn smoothed(name: &str, curve: &Buckets<Point>) -> Vec<Line> {
     let points = curve.iter().map(|(_, p)| *p).collect::<Vec<_>>();
     let sigma = (SMOOTHING * points.len() as f64).max(MIN_SMOOTHING);
-    if (points.len() as f64) < 5.0 * sigma {
-        return vec![Line { is_marked: true, ..plain(name, curve, 0) }];
-    }
-    let raw = match curve.stride() {
-        1 => name.to_owned(),
-        n => format!("{name}, mean and range of {n} steps"),
+    let named = |what: &str| [name, what].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(", ");
+    let raw = match (curve.stride(), name) {
+        (1, "") => "each step".to_owned(),
+        (1, _) => name.to_owned(),
+        (n, _) => named(&format!("mean and range of {n} steps")),
     };
+    if (points.len() as f64) < 5.0 * sigma {
+        return vec![Line { is_marked: true, ..plain(&raw, curve, 0) }];
+    }
     let band = points.iter().map(|p| (p.step, p.min, p.max)).collect();
-    let smooth = Line { name: format!("{name}, smoothed"), points: smooth(&points, sigma), ..Line::default() };
+    let smooth = Line { name: named("smoothed"), points: smooth(&points, sigma), ..Line::default() };
     vec![Line { is_faint: true, band, ..plain(&raw, curve, 0) }, smooth]
 }
 
@@ -337,5 +339,75 @@ fn duration(seconds: f64) -> String {
         60..3600 => format!("{} min {} s", whole / 60, whole % 60),
         3600..86_400 => format!("{} h {} min", whole / 3600, whole / 60 % 60),
         _ => format!("{} d {} h", whole / 86_400, whole / 3600 % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::{StepRecord, read_line};
+
+    const RECORD: &str = r#"{"step":1,"loss":2.5,"ce":2.4,"aux":2.0,"z":1.0,"grad_norm":0.5,"lr":0.001,"tokens_per_s":100.0,
+        "mfu":0.4,"memory":1000,"seconds":1.0,"n_target":64,"epoch":0.1,"n_dropped":3,"expert_load":[[0.5,0.5]]}"#;
+
+    fn about(name: &str) -> About {
+        About {
+            name: name.to_owned(),
+            summary: name.to_owned(),
+            model: vec![(name.to_owned(), name.to_owned())],
+            data: Vec::new(),
+            settings: Vec::new(),
+            moe_blocks: vec![1],
+            n_expert: 2,
+            total: 100_000,
+            clip: 1.0,
+        }
+    }
+
+    fn parsed(page: &str) -> roxmltree::Document<'_> {
+        let options = roxmltree::ParsingOptions { allow_dtd: true, ..Default::default() };
+        roxmltree::Document::parse_with_options(page, options).unwrap()
+    }
+
+    #[test]
+    fn fields_with_a_chart_are_fields_of_a_step() {
+        let record: StepRecord = serde_json::from_str(RECORD).unwrap();
+        let record = serde_json::to_value(record).unwrap();
+        let charted = KNOWN.iter().map(|known| known.field).filter(|field| *field != "router_entropy");
+        for field in charted.chain(NOT_CHARTED) {
+            assert!(record.get(field).is_some(), "{field}");
+        }
+    }
+
+    #[test]
+    fn a_page_without_records_and_one_with_hostile_names_are_well_formed() {
+        let name = "</title></script><svg onload=\"alert('x')\">&\0]]>";
+        let status = Status::Failed(name.to_owned());
+        let empty = page(&about(name), &History::new(1, 2), &status);
+        let document = parsed(&empty);
+        let h1 = document.descendants().find(|node| node.has_tag_name("h1")).unwrap();
+        assert_eq!(h1.text().unwrap().trim(), name.replace('\0', "␀"));
+        assert!(!empty.contains("onload=\""));
+    }
+
+    #[test]
+    fn a_page_stays_small_however_long_the_run_is() {
+        let mut history = History::new(1, 2);
+        for step in 1..=50_000 {
+            let record = RECORD.replace("\"step\":1,", &format!("\"step\":{step},\"surprise\":[{step},1],"));
+            let eval = format!("{{\"step\":{step},\"eval_loss\":2.0,\"bits_per_byte\":1.0}}");
+            let sample = format!("{{\"step\":{step},\"sample\":\"text at {step}\"}}");
+            for line in [record, eval, sample] {
+                let (step, kind, fields) = read_line(&line).unwrap();
+                history.add(step, kind, fields);
+            }
+        }
+        let page = page(&about("run"), &history, &Status::Running);
+        assert!(page.len() < 1 << 20, "{} bytes", page.len());
+        let document = parsed(&page);
+        let titles =
+            document.descendants().filter(|n| n.has_tag_name("b")).filter_map(|n| n.text()).collect::<Vec<_>>();
+        assert!(["Loss", "Dropped choices", "surprise", "Block 1"].iter().all(|t| titles.contains(t)), "{titles:?}");
+        assert!(page.contains("text at 50000"));
     }
 }
