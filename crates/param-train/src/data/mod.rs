@@ -6,6 +6,7 @@
 //! hundred documents and the list of files.
 
 mod batch;
+mod bpe;
 mod build;
 mod cut;
 mod encode;
@@ -13,6 +14,7 @@ mod error;
 mod jsonl;
 mod permute;
 mod prefetch;
+mod pretokenize;
 mod read;
 mod report;
 mod sample;
