@@ -66,8 +66,9 @@ pub enum Why {
 ///
 /// # Errors
 /// [`DataError::Read`], [`DataError::Binary`] and [`DataError::NotUtf8`] (a file that is not text and was found rather than
-/// named is passed over, if its first block shows it); [`DataError::NoGoodLine`] for a JSONL file named by itself in which
-/// no line is good; [`DataError::NoText`]; [`DataError::DiskFull`] and [`DataError::Write`].
+/// named is passed over, if its first block shows it); [`DataError::NoGoodLine`] for a JSONL or Parquet file named by itself in
+/// which no line or row is good; [`DataError::Parquet`], [`DataError::NoColumn`] and [`DataError::ColumnType`];
+/// [`DataError::NoText`]; [`DataError::DiskFull`] and [`DataError::Write`].
 pub fn prepare(
     folder: &Path,
     sources: &[SourceFile],
@@ -160,7 +161,7 @@ fn build(
     let n_thread = rayon::current_num_threads();
     let caches: Vec<Mutex<Cache>> = (0..n_thread).map(|_| Mutex::default()).collect();
     let total_disk_bytes = sources.iter().map(|s| s.size).sum();
-    let mut reader = Reader::new(sources);
+    let mut reader = Reader::new(sources, field);
     let mut writer = Writer::create(folder, sources, field, tokenizer.n_vocab() as u64)?;
 
     let mut read = next_group(&mut reader, n_thread)?;
@@ -209,14 +210,14 @@ struct Encoded {
     ids: Vec<u32>,
     /// Tokens and bytes of text up to the end of each document that ends in the block, and at last up to its own end.
     ends: Vec<(usize, u64)>,
-    /// Number of bad lines and the first of them.
-    bad_lines: BTreeMap<Reason, (u64, u64)>,
+    /// How many lines, rows or row groups were bad, and the number of the first.
+    bad: BTreeMap<Reason, (u64, u64)>,
 }
 
 impl Encoded {
     fn new(encoder: &Encoder, cache: &mut Cache, block: &Block, field: &str) -> Result<Self, param_model::Error> {
         let (mut ids, mut n_byte, mut ends) = (Vec::with_capacity(block.n_byte() / 3), 0, Vec::new());
-        let mut bad_lines = BTreeMap::new();
+        let mut bad = BTreeMap::new();
         for piece in block.pieces(field) {
             match piece {
                 Piece::Text { text, ends: document_ends } => {
@@ -226,11 +227,11 @@ impl Encoded {
                         ends.push((ids.len(), n_byte));
                     }
                 }
-                Piece::BadLine { reason, line } => bad_lines.entry(reason).or_insert((0, line)).0 += 1,
+                Piece::Bad { reason, number } => bad.entry(reason).or_insert((0, number)).0 += 1,
             }
         }
         ends.push((ids.len(), n_byte));
-        Ok(Self { file: block.file, ends_file: block.ends_file, ids, ends, bad_lines })
+        Ok(Self { file: block.file, ends_file: block.ends_file, ids, ends, bad })
     }
 }
 
@@ -276,8 +277,8 @@ impl<'a> Writer<'a> {
 
     fn append(&mut self, block: Encoded) -> Result<(), DataError> {
         let path = &self.sources[block.file].path;
-        for (reason, (count, line)) in block.bad_lines {
-            self.skipped_in_file.add(reason, count, || format!("{}:{line}", path.display()));
+        for (reason, (count, first)) in block.bad {
+            self.skipped_in_file.add(reason, count, || reason.place(path, first));
         }
         let bytes: Vec<u8> = if self.n_vocab <= 1 << 16 {
             block.ids.iter().flat_map(|&id| (id as u16).to_le_bytes()).collect()

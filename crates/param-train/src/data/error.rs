@@ -21,8 +21,14 @@ pub enum DataError {
     Binary { path: PathBuf, offset: u64 },
     #[error("`{}`: not UTF-8 at byte offset {offset}{hint}", path.display())]
     NotUtf8 { path: PathBuf, offset: u64, hint: &'static str },
-    #[error("`{}`: no line has a document in field `{field}`: {skipped}; --text-field names the field", path.display())]
+    #[error("`{}`: no document in field `{field}`: {skipped}; --text-field names the field", path.display())]
     NoGoodLine { path: PathBuf, field: String, skipped: Skipped },
+    #[error("`{}`: not a usable Parquet file: {problem}", path.display())]
+    Parquet { path: PathBuf, problem: String },
+    #[error("`{}`: no column `{field}`: there are {columns}; --text-field names the one to read", path.display())]
+    NoColumn { path: PathBuf, field: String, columns: String },
+    #[error("`{}`: column `{field}` holds no text but {found}; --text-field names the one to read", path.display())]
+    ColumnType { path: PathBuf, field: String, found: String },
     #[error("the data holds no text: {inputs}{}", skipped_suffix(skipped))]
     NoText { inputs: String, skipped: Skipped },
     #[error("`{}`: {source}", path.display())]

@@ -12,6 +12,7 @@ mod cut;
 mod encode;
 mod error;
 mod jsonl;
+mod parquet;
 mod permute;
 mod prefetch;
 mod pretokenize;

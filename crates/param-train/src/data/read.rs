@@ -1,4 +1,4 @@
-//! Streams source files as blocks of whole lines (JSONL) or cut text, so that no file is ever held whole.
+//! Streams source files as blocks of whole lines (JSONL), rows (Parquet) or cut text, so that no file is ever held whole.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use super::DataError;
 use super::cut::last_cut;
 use super::jsonl;
+use super::parquet::{ParquetFile, Row};
 use super::report::{Reason, Skipped};
 use super::source::{Compression, Format, SourceFile};
 
@@ -43,8 +44,17 @@ pub enum Content {
         /// Not yet checked to be UTF-8.
         bytes: Vec<u8>,
     },
-    /// A line over [`MAX_LINE`], passed over.
-    LongLine(u64),
+    /// Rows of a table.
+    Rows {
+        /// Number of the first row in its file, from 1.
+        first_row: u64,
+        /// What each has in the text column.
+        texts: Vec<Row>,
+        /// Bytes of all texts and of the list.
+        n_byte: usize,
+    },
+    /// A line over [`MAX_LINE`] or the damaged rest of a row group, by its number in the file.
+    Bad(Reason, u64),
 }
 
 /// What a block gives.
@@ -56,12 +66,12 @@ pub enum Piece<'a> {
         /// The document ends with this piece.
         ends: bool,
     },
-    /// A line without a document.
-    BadLine {
+    /// A line, row or row group without a document.
+    Bad {
         /// Why.
         reason: Reason,
         /// Its number in the file, from 1.
-        line: u64,
+        number: u64,
     },
 }
 
@@ -72,15 +82,20 @@ impl Block {
             Content::Text(text) => {
                 Box::new(std::iter::once(Piece::Text { text: Cow::Borrowed(text), ends: self.ends_file }))
             }
-            Content::LongLine(line) => {
-                Box::new(std::iter::once(Piece::BadLine { reason: Reason::LineTooLong, line: *line }))
+            Content::Bad(reason, number) => Box::new(std::iter::once(Piece::Bad { reason: *reason, number: *number })),
+            Content::Rows { first_row, texts, .. } => {
+                let rows = (*first_row..).zip(texts);
+                Box::new(rows.map(|(number, text)| match row_text(text) {
+                    Ok(text) => Piece::Text { text: Cow::Borrowed(text), ends: true },
+                    Err(reason) => Piece::Bad { reason, number },
+                }))
             }
             Content::Lines { first_line, bytes } => {
                 let lines = (*first_line..).zip(bytes.split(|&b| b == b'\n'));
                 Box::new(lines.filter_map(move |(line, bytes)| match jsonl::document(bytes, field) {
                     Ok(None) => None,
                     Ok(Some(text)) => Some(Piece::Text { text, ends: true }),
-                    Err(reason) => Some(Piece::BadLine { reason, line }),
+                    Err(reason) => Some(Piece::Bad { reason, number: line }),
                 }))
             }
         }
@@ -91,9 +106,17 @@ impl Block {
         match &self.content {
             Content::Text(text) => text.len(),
             Content::Lines { bytes, .. } => bytes.len(),
-            Content::LongLine(_) => 0,
+            Content::Rows { n_byte, .. } => *n_byte,
+            Content::Bad(..) => 0,
         }
     }
+}
+
+/// The document of a row.
+fn row_text(text: &Row) -> Result<&str, Reason> {
+    let bytes = text.as_ref().ok_or(Reason::MissingField)?.data();
+    let text = std::str::from_utf8(bytes).map_err(|_| Reason::NotUtf8Line)?;
+    if text.trim().is_empty() { Err(Reason::EmptyText) } else { Ok(text) }
 }
 
 /// Reads all source files in order, block by block. A byte order mark is dropped; line ends of text stay as they are.
@@ -102,6 +125,7 @@ impl Block {
 /// one that came from a folder or glob is passed over and counted.
 pub struct Reader<'a> {
     sources: &'a [SourceFile],
+    field: &'a str,
     next: usize,
     open: Option<OpenFile>,
     disk_bytes: Arc<AtomicU64>,
@@ -122,13 +146,13 @@ pub(super) struct Limits {
 pub(super) const LIMITS: Limits = Limits { block: BLOCK, max_block: MAX_BLOCK, max_line: MAX_LINE };
 
 impl<'a> Reader<'a> {
-    /// A reader at the start of the first file.
-    pub fn new(sources: &'a [SourceFile]) -> Self {
-        Self::with_limits(sources, LIMITS)
+    /// A reader at the start of the first file; `field` names the column of tables.
+    pub fn new(sources: &'a [SourceFile], field: &'a str) -> Self {
+        Self::with_limits(sources, field, LIMITS)
     }
 
-    pub(super) fn with_limits(sources: &'a [SourceFile], limits: Limits) -> Self {
-        Self { sources, next: 0, open: None, disk_bytes: Arc::default(), limits, skipped: Skipped::default() }
+    pub(super) fn with_limits(sources: &'a [SourceFile], field: &'a str, limits: Limits) -> Self {
+        Self { sources, field, next: 0, open: None, disk_bytes: Arc::default(), limits, skipped: Skipped::default() }
     }
 
     /// Bytes read from disk so far (compressed ones where a file is compressed).
@@ -143,10 +167,10 @@ impl<'a> Reader<'a> {
                 None => {
                     let Some(source) = self.sources.get(self.next) else { return Ok(None) };
                     self.next += 1;
-                    (self.next - 1, self.open.insert(OpenFile::new(source, 0, self.disk_bytes.clone())?))
+                    (self.next - 1, self.open.insert(OpenFile::new(source, self.field, 0, self.disk_bytes.clone())?))
                 }
             };
-            let first = open.at_start;
+            let first = open.is_at_start();
             let block = match open.next_block(self.limits) {
                 Ok((content, ends_file)) => Block { file, content, ends_file },
                 Err(DataError::Binary { path, .. } | DataError::NotUtf8 { path, .. })
@@ -183,7 +207,39 @@ impl Iterator for Reader<'_> {
 }
 
 /// One file being read.
-pub struct OpenFile {
+pub enum OpenFile {
+    /// From front to back.
+    Stream(Stream),
+    /// By its own index.
+    Parquet(Box<ParquetFile>),
+}
+
+impl OpenFile {
+    /// Opens a file at its start; an uncompressed one also at the first line (of a text without lines: character; of a table:
+    /// row group) that starts after byte `offset`.
+    pub fn new(source: &SourceFile, field: &str, offset: u64, disk_bytes: Arc<AtomicU64>) -> Result<Self, DataError> {
+        Ok(match source.format {
+            Format::Parquet => Self::Parquet(Box::new(ParquetFile::open(source, field, offset, disk_bytes)?)),
+            Format::Text | Format::JsonLines => Self::Stream(Stream::new(source, offset, disk_bytes)?),
+        })
+    }
+
+    /// The next block's content, and whether the file ends with it.
+    pub(super) fn next_block(&mut self, limits: Limits) -> Result<(Content, bool), DataError> {
+        match self {
+            Self::Stream(stream) => stream.next_block(limits),
+            Self::Parquet(file) => file.next_block(limits.block),
+        }
+    }
+
+    /// Nothing of a text has been handed out yet.
+    fn is_at_start(&self) -> bool {
+        matches!(self, Self::Stream(stream) if stream.at_start)
+    }
+}
+
+/// A file read from front to back.
+pub struct Stream {
     path: PathBuf,
     format: Format,
     input: Box<dyn Read + Send>,
@@ -197,10 +253,8 @@ pub struct OpenFile {
     eof: bool,
 }
 
-impl OpenFile {
-    /// Opens a file at its start, or an uncompressed one at the first line (of a text without lines: character) that
-    /// starts after byte `offset`.
-    pub fn new(source: &SourceFile, offset: u64, disk_bytes: Arc<AtomicU64>) -> Result<Self, DataError> {
+impl Stream {
+    fn new(source: &SourceFile, offset: u64, disk_bytes: Arc<AtomicU64>) -> Result<Self, DataError> {
         let error = |e| DataError::read(&source.path, e);
         let mut file = File::open(&source.path).map_err(error)?;
         file.seek(SeekFrom::Start(offset)).map_err(error)?;
@@ -233,7 +287,7 @@ impl OpenFile {
         Ok(open)
     }
 
-    pub(super) fn next_block(&mut self, limits: Limits) -> Result<(Content, bool), DataError> {
+    fn next_block(&mut self, limits: Limits) -> Result<(Content, bool), DataError> {
         if self.at_start {
             self.fill(limits.block)?;
             if self.buffer.starts_with(b"\xEF\xBB\xBF") {
@@ -243,8 +297,8 @@ impl OpenFile {
             self.at_start = false;
         }
         match self.format {
-            Format::Text => self.next_text(limits),
             Format::JsonLines => self.next_lines(limits),
+            _ => self.next_text(limits),
         }
     }
 
@@ -314,11 +368,11 @@ impl OpenFile {
                 Some(newline) => {
                     self.buffer.drain(..=newline);
                     self.line += 1;
-                    return Ok((Content::LongLine(line), false));
+                    return Ok((Content::Bad(Reason::LineTooLong, line), false));
                 }
                 None if self.eof => {
                     self.buffer.clear();
-                    return Ok((Content::LongLine(line), true));
+                    return Ok((Content::Bad(Reason::LineTooLong, line), true));
                 }
                 None => {
                     self.buffer.clear();

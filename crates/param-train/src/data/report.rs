@@ -2,18 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-/// Why a line of a JSONL file or a whole file gave no document.
+/// Why a line of a JSONL file, a row or row group of a Parquet file, or a whole file gave no document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// The line is not JSON.
     BadJson,
-    /// The line is not UTF-8.
+    /// The line, or the text of the row, is not UTF-8.
     NotUtf8Line,
-    /// The line is not an object, or lacks the text field.
+    /// The line is not an object, or lacks the text field; the row has null there.
     MissingField,
     /// The text field is there but is not a string.
     NotAString,
@@ -21,6 +22,8 @@ pub enum Reason {
     EmptyText,
     /// The line is longer than 256 MiB.
     LineTooLong,
+    /// The row group is damaged: none of its rows from there on are taken.
+    BadRowGroup,
     /// A file found in a folder or by a glob is binary or not UTF-8.
     BinaryFile,
     /// A file is empty or only whitespace.
@@ -28,24 +31,33 @@ pub enum Reason {
 }
 
 impl Reason {
+    /// Where that was, by the number in its file of a line, row or row group, from 1.
+    pub(super) fn place(self, path: &Path, number: u64) -> String {
+        match self {
+            Self::BadRowGroup => format!("{}, row group {number}", path.display()),
+            _ => format!("{}:{number}", path.display()),
+        }
+    }
+
     fn words(self) -> &'static str {
         match self {
             Self::BadJson => "bad JSON",
-            Self::NotUtf8Line => "line not UTF-8",
+            Self::NotUtf8Line => "not UTF-8",
             Self::MissingField => "text field missing",
             Self::NotAString => "text field not a string",
             Self::EmptyText => "empty text",
             Self::LineTooLong => "line too long",
+            Self::BadRowGroup => "damaged row group",
             Self::BinaryFile => "binary file",
             Self::EmptyFile => "empty file",
         }
     }
 }
 
-/// How often one [`Reason`] occurred, and where first (`path` or `path:line`).
+/// How often one [`Reason`] occurred, and where first (`path`, `path:line` or `path, row group number`).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
-    /// Number of lines or files.
+    /// Number of lines, rows, row groups or files.
     pub count: u64,
     /// The first of them in reading order.
     pub first: String,

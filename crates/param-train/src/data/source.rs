@@ -32,6 +32,8 @@ pub enum Format {
     Text,
     /// `.jsonl` or `.ndjson`: each line is an object with one document in its text field.
     JsonLines,
+    /// `.parquet`: each row has one document in its text column.
+    Parquet,
 }
 
 /// One file of the data set.
@@ -129,7 +131,11 @@ fn kind_of(path: &Path) -> (Compression, Format) {
         () => Compression::None,
     };
     let inner = if compression == Compression::None { path.to_owned() } else { path.with_extension("") };
-    let format = if is(&inner, &["jsonl", "ndjson"]) { Format::JsonLines } else { Format::Text };
+    let format = match () {
+        () if is(&inner, &["jsonl", "ndjson"]) => Format::JsonLines,
+        () if is(&inner, &["parquet"]) => Format::Parquet,
+        () => Format::Text,
+    };
     (compression, format)
 }
 
@@ -276,6 +282,7 @@ mod tests {
         assert_eq!(kind("a.jsonl.zst"), (Compression::Zstd, Format::JsonLines));
         assert_eq!(kind("a.JSONL"), (Compression::None, Format::JsonLines));
         assert_eq!(kind("a.txt.gz"), (Compression::Gzip, Format::Text));
+        assert_eq!(kind("a.parquet"), (Compression::None, Format::Parquet));
         assert_eq!(kind("Makefile"), (Compression::None, Format::Text));
     }
 

@@ -73,7 +73,7 @@ fn binary_files_in_a_folder_are_passed_over_and_counted() {
 fn file_without_one_good_line_is_refused_if_named_and_counted_if_found() {
     let corpus = Corpus::new(&[("a.jsonl", b"{\"body\": \"x\"}\n{\"body\": \"y\"}\n"), ("b.txt", b"text")]);
     let message = error(&corpus, &["a.jsonl", "b.txt"]);
-    assert_names(&message, &corpus, "a.jsonl", "no line has a document in field `text`: 2 text field missing");
+    assert_names(&message, &corpus, "a.jsonl", "no document in field `text`: 2 text field missing");
     let (shard, _) = corpus.prepare(&[""], bpe()).unwrap();
     assert_eq!(texts(&shard, bpe()), ["text"]);
     fs::remove_file(corpus.path("b.txt")).unwrap();

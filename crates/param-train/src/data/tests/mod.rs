@@ -2,6 +2,7 @@
 
 mod batch;
 mod hostile;
+mod parquet;
 mod pipeline;
 mod reader;
 

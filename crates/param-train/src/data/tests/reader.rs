@@ -13,7 +13,7 @@ type Lines = (Vec<String>, Vec<(Reason, u64)>);
 fn read_all(corpus: &Corpus, names: &[&str], limits: Limits) -> Result<Lines, DataError> {
     let sources = corpus.find(names)?;
     let (mut documents, mut open, mut bad) = (Vec::new(), String::new(), Vec::new());
-    for block in Reader::with_limits(&sources, limits) {
+    for block in Reader::with_limits(&sources, "text", limits) {
         for piece in block?.pieces("text") {
             match piece {
                 Piece::Text { text, ends } => {
@@ -22,7 +22,7 @@ fn read_all(corpus: &Corpus, names: &[&str], limits: Limits) -> Result<Lines, Da
                         documents.push(std::mem::take(&mut open));
                     }
                 }
-                Piece::BadLine { reason, line } => bad.push((reason, line)),
+                Piece::Bad { reason, number } => bad.push((reason, number)),
             }
         }
     }
@@ -87,7 +87,7 @@ fn text_without_a_place_to_cut_is_cut_between_characters() {
     let text = "日本語".repeat(100);
     let corpus = Corpus::new(&[("a.txt", text.as_bytes())]);
     let sources = corpus.find(&["a.txt"]).unwrap();
-    let blocks: Vec<_> = Reader::with_limits(&sources, SMALL).map(|b| b.unwrap().n_byte()).collect();
+    let blocks: Vec<_> = Reader::with_limits(&sources, "text", SMALL).map(|b| b.unwrap().n_byte()).collect();
     assert!(blocks.iter().all(|&n| n <= SMALL.max_block) && blocks.len() > 20, "{blocks:?}");
     assert_eq!(read_all(&corpus, &["a.txt"], SMALL).unwrap().0, [text]);
 }
