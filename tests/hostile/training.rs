@@ -51,6 +51,7 @@ fn text_that_is_none_is_refused_by_file_and_offset() {
         ("bad.jsonl", b"{\"body\": 1}\nno\n", &["bad.jsonl", "1 bad JSON", "1 text field missing"]),
         ("none.txt.gz", b"not packed", &["none.txt.gz", "cannot read"]),
         ("none.txt.zst", b"not packed", &["none.txt.zst", "cannot read"]),
+        ("none.parquet", b"no table, though long enough for one", &["none.parquet", "not a usable Parquet file"]),
     ] {
         let file = place.file(name, bytes);
         assert_names(&place.refusal(&mut train(&file, &place.run(), &["--steps=1"]), 1), parts);
@@ -72,6 +73,28 @@ fn data_that_is_not_there_is_refused_by_name() {
     }
     let folder = place.folder.path().to_owned();
     assert_names(&place.refusal(&mut train(&folder, &place.run(), &["--ext", "py"]), 1), &["extension py", "txt"]);
+}
+
+#[test]
+fn mixtures_that_are_none_are_refused_by_data_set() {
+    let place = Place::new();
+    let empty = place.file("empty.txt", b" ");
+    let short = place.file("short.txt", b"only a few words");
+    let weighted = |path: &Path, weight: &str| PathBuf::from(format!("{}:{weight}", path.display()));
+    for weight in ["0", "-1", "nan", "inf"] {
+        let error = place.refusal(&mut train(&weighted(&place.data, weight), &place.run(), &[]), 2);
+        assert_names(&error, &["text.txt:", weight, "positive number"]);
+    }
+    let nothing = Path::new(":1");
+    assert_names(&place.refusal(&mut train(nothing, &place.run(), &[]), 2), &["--data :1", "expected a path"]);
+    let mixed = |other: &Path, code: i32| {
+        let (first, second) = (weighted(&place.data, "1"), weighted(other, "2"));
+        failure_of(train(&first, &place.run(), &["--steps=1"]).arg("--data").arg(second), code)
+    };
+    assert_names(&mixed(place.folder.path(), 2), &["text.txt is in both text.txt and"]);
+    assert_names(&mixed(&place.folder.path().join("absent"), 1), &["absent", "no such file"]);
+    assert_names(&mixed(&empty, 1), &["empty.txt", "holds no text"]);
+    assert_names(&mixed(&short, 1), &["of `short.txt` has", "less than one context"]);
 }
 
 #[test]
@@ -103,6 +126,7 @@ fn what_is_wrong_with_the_command_line_is_a_usage_error() {
         (&["--set", "stride"], &["--set stride", "KEY=VALUE"]),
         (&["--schedule=square"], &["schedule", "cosine"]),
         (&["--layout=none"], &["layout", "packed"]),
+        (&["--data", "more.txt:0.5"], &["more.txt:0.5 has a weight", "text.txt has none"]),
         (&["--tokenizer=x.json"], &["--tokenizer", "--chars"]),
         (&["--steps=1", "--epochs=1"], &["--steps", "--epochs"]),
         (&["--init-only", "--resume"], &["--init-only", "--resume"]),

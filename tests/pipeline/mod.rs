@@ -1,6 +1,7 @@
 //! The whole way: raw text through training and conversion to running and measuring, each command as a user runs it.
 
 mod beginning;
+mod mixtures;
 pub mod reporting;
 mod resuming;
 mod running;

@@ -15,7 +15,7 @@ use crate::fixture::{assert_unchanged, contents, prose, records, resume, train, 
 const RANDOM: [&str; 4] = ["--dropout=0.2", "--accumulate=2", "--lr=1e-2", "--seed=7"];
 
 /// Documents of a few rows each, so that either layout has something to order.
-fn documents(folder: &Path) -> PathBuf {
+pub fn documents(folder: &Path) -> PathBuf {
     let lines = (1..60).map(|seed| serde_json::json!({"text": prose(200, seed)}).to_string() + "\n");
     write(folder, "documents.jsonl", lines.collect::<String>())
 }
@@ -43,7 +43,7 @@ fn timeless_records(run: &Path) -> Vec<Value> {
     all
 }
 
-fn assert_same_end(run: &Path, expected: &Path) {
+pub fn assert_same_end(run: &Path, expected: &Path) {
     for file in ["model.safetensors", "optimizer.safetensors", "config.json", "tokenizer.json"] {
         let read = |run: &Path| std::fs::read(run.join("last").join(file)).unwrap();
         assert!(read(run) == read(expected), "{file} differs");
@@ -54,7 +54,7 @@ fn assert_same_end(run: &Path, expected: &Path) {
 }
 
 /// Makes of a copy of a finished run what a kill right after the checkpoint of `step` would have left.
-fn cut_back(finished: &Path, copy: &Path, step: u64) {
+pub fn cut_back(finished: &Path, copy: &Path, step: u64) {
     let status = Command::new("cp").arg("-a").arg(finished).arg(copy).status().unwrap();
     assert!(status.success());
     let newest = format!("step-{step:08}");

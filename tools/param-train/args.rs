@@ -25,7 +25,7 @@ pub struct Flags {
     #[command(flatten)]
     pub task: Task,
     /// Folder of the run
-    #[arg(long, value_name = "DIR", required_unless_present_any = ["eval", "benchmark", "dry_run"])]
+    #[arg(long, value_name = "DIR", required_unless_present_any = ["eval", "benchmark", "dry_run", "tokenize_only"])]
     pub out: Option<PathBuf>,
     #[command(flatten)]
     pub data: Data,
@@ -58,6 +58,9 @@ pub struct Task {
     /// Report the loss of --checkpoint on --data and stop
     #[arg(long, requires = "checkpoint", conflicts_with = "resume")]
     pub eval: bool,
+    /// Tokenize --data, print how fast, and stop; with --out, the tokens and tokenizer.json stay in DIR/tokens for training
+    #[arg(long, conflicts_with_all = ["resume", "init_only", "eval", "dry_run", "benchmark"])]
+    pub tokenize_only: bool,
     /// Print the number of parameters, the memory needed by kind and an estimate of the time, and stop
     #[arg(long, conflicts_with_all = ["resume", "init_only", "eval", "benchmark"])]
     pub dry_run: bool,
@@ -73,7 +76,8 @@ pub struct Task {
 #[derive(Args)]
 #[command(next_help_heading = "Data")]
 pub struct Data {
-    /// Text: files, folders (searched through) and globs of .txt, .md, source code or .jsonl, also .gz and .zst
+    /// Text: files, folders (searched through) and globs of .txt, .md, source code or .jsonl, also .gz and .zst, and .parquet;
+    /// PATH:WEIGHT makes each a data set with its share of the rows
     #[arg(long, value_name = "PATH", num_args = 1..)]
     pub data: Vec<PathBuf>,
     /// Text to validate on [default: a part held out of --data]
@@ -85,7 +89,7 @@ pub struct Data {
     /// Endings of the files to take from folders, such as rs,md [default: all text]
     #[arg(long, value_name = "EXT", value_delimiter = ',')]
     pub ext: Vec<String>,
-    /// Field of a JSON line that holds the text [default: text]
+    /// Field of a JSON line, or column of a Parquet file, that holds the text [default: text]
     #[arg(long, value_name = "NAME")]
     pub text_field: Option<String>,
     /// A tokenizer.json (byte-level BPE) to use [default: one is trained on --data]

@@ -7,6 +7,7 @@ mod corpus;
 mod dry_run;
 mod profile;
 mod report;
+mod tokenize;
 
 use std::io::{Write, stderr, stdout};
 use std::path::Path;
@@ -29,10 +30,10 @@ use param_train::init::initialise;
 use param_train::memory;
 use param_train::optimizer::Group;
 use param_train::settings::Settings;
-use param_train::trainer::{Corpus, Outcome, Trainer, evaluate_part};
+use param_train::trainer::{Corpus, Outcome, Trainer, evaluate_mixture};
 
 use args::{Flags, Training};
-use corpus::DataChoice;
+use corpus::{DataChoice, TOKENS_FOLDER};
 use report::Report;
 
 fn main() -> ExitCode {
@@ -62,6 +63,9 @@ fn run(flags: &Flags) -> Result<ExitCode> {
     }
     if flags.task.dry_run {
         return dry_run::run(flags);
+    }
+    if flags.task.tokenize_only {
+        return tokenize::run(flags, &stop);
     }
     match (flags.task.checkpoint.as_deref(), out) {
         (Some(checkpoint), _) => evaluate(flags, checkpoint, &stop),
@@ -106,10 +110,11 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
     settings.check(&config)?;
     let choice = DataChoice::from_flags(&flags.data, 0)?;
     let cache = tempfile::tempdir().context("a temporary folder for tokens")?;
-    let part = choice.everything(cache.path(), &tokenizer, stop)?;
+    let mixture = choice.everything(cache.path(), &tokenizer, stop)?;
     let rows = (context, settings.batch_size);
     let mut model = Model::new(&config, settings.compute(flags.n_thread()));
-    let Some(record) = evaluate_part(&mut model, &params, &tokenizer, part, rows, settings.dropping, stop)? else {
+    let Some(record) = evaluate_mixture(&mut model, &params, &tokenizer, &mixture, rows, settings.dropping, stop)?
+    else {
         return Ok(ExitCode::from(cli::INTERRUPTED));
     };
     if !record.eval_loss.is_finite() {
@@ -122,6 +127,11 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
         record.bits_per_byte,
         HumanCount(record.n_target)
     )?;
+    for dataset in &record.datasets {
+        let (name, n_target) = (&dataset.name, HumanCount(dataset.n_target));
+        let (loss, bits) = (dataset.eval_loss, dataset.bits_per_byte);
+        writeln!(stdout(), "  {name}: {loss:.6} nats/token, {bits:.6} bits/byte over {n_target} tokens")?;
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -176,7 +186,7 @@ fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer>
     let choice = DataChoice::from_flags(&flags.data, early.seed)?;
     let tokenizer = match &beginning {
         Some((source, _)) => source.tokenizer()?,
-        None => choice.tokenizer(&flags.data, &config)?,
+        None => choice.tokenizer(&flags.data, || Ok(config.n_vocab))?,
     };
     if beginning.is_none() {
         config.n_vocab = tokenizer.n_vocab();
@@ -266,7 +276,7 @@ fn steps(flags: &Training, corpus: &Corpus, settings: &Settings) -> Result<Optio
 }
 
 fn tokens_folder(folder: &RunFolder) -> std::path::PathBuf {
-    folder.path().join("tokens")
+    folder.path().join(TOKENS_FOLDER)
 }
 
 fn describe(config: &Config) -> String {

@@ -61,14 +61,19 @@ impl Report {
                 record.n_step,
                 100.0 * record.balanced
             )),
-            Event::Evaluated(record) => self.line(&format!(
-                "step {:>6}  validation loss {:.4} nats/token, {:.4} bits/byte ({} tokens in {:.1} s)",
-                record.step,
-                record.eval_loss,
-                record.bits_per_byte,
-                HumanCount(record.n_target),
-                record.seconds
-            )),
+            Event::Evaluated(record) => {
+                let datasets = record.datasets.iter();
+                let each = datasets.map(|dataset| format!("; {} {:.4}", dataset.name, dataset.eval_loss));
+                self.line(&format!(
+                    "step {:>6}  validation loss {:.4} nats/token, {:.4} bits/byte ({} tokens in {:.1} s){}",
+                    record.step,
+                    record.eval_loss,
+                    record.bits_per_byte,
+                    HumanCount(record.n_target),
+                    record.seconds,
+                    each.collect::<String>()
+                ));
+            }
             Event::Sampled(record) => {
                 let indented = record.sample.trim_end().replace('\n', "\n    | ");
                 self.line(&format!("step {:>6}  sample:\n    | {indented}", record.step));

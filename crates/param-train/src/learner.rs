@@ -184,6 +184,7 @@ fn total_loss(losses: &[Losses], config: &Config) -> StepRecord {
         seconds: 0.0,
         n_target: 0,
         epoch: 0.0,
+        datasets: Vec::new(),
         spike: None,
         n_dropped: routings().map(Routing::n_dropped).sum(),
         expert_load: blocks.clone().map(share).collect(),

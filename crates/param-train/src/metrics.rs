@@ -44,6 +44,9 @@ pub struct StepRecord {
     pub n_target: u64,
     /// Passes over the training data so far.
     pub epoch: f64,
+    /// The same for each data set of a mixture.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub datasets: Vec<DatasetEpoch>,
     /// That it was a spike, and what was done about it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub spike: Option<Spike>,
@@ -87,6 +90,31 @@ pub struct EvalRecord {
     pub n_target: u64,
     /// Seconds it took.
     pub seconds: f64,
+    /// The loss on each data set of a mixture, whose mean by their shares `eval_loss` then is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub datasets: Vec<DatasetLoss>,
+}
+
+/// Passes over one data set of a mixture.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DatasetEpoch {
+    /// The data set.
+    pub name: String,
+    /// Passes so far.
+    pub epoch: f64,
+}
+
+/// The loss on one data set of a mixture.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DatasetLoss {
+    /// The data set.
+    pub name: String,
+    /// Mean cross-entropy, nats per target.
+    pub eval_loss: f64,
+    /// The same per byte of text, in bits.
+    pub bits_per_byte: f64,
+    /// Targets evaluated.
+    pub n_target: u64,
 }
 
 /// One sample of generated text.

@@ -9,12 +9,12 @@ use serde::Serialize;
 
 use crate::checkpoint::{Restored, RunFolder, State};
 use crate::cpu::{Mode, Model, Profile, Section, operations_per_token};
-use crate::data::{Batch, Batches, DataError, Evaluation, Layout, Part, Prefetch, Vocabulary};
+use crate::data::{Batches, Dataset, Evaluation, Layout, Mixture, Prefetch, Vocabulary};
 use crate::error::Error;
 use crate::learner::{Learner, sequences};
 use crate::load::LoadWatch;
 use crate::memory;
-use crate::metrics::{EvalRecord, Metrics, SampleRecord, StarvedRecord, StepRecord};
+use crate::metrics::{DatasetEpoch, DatasetLoss, EvalRecord, Metrics, SampleRecord, StarvedRecord, StepRecord};
 use crate::random::stream;
 use crate::report::{About, Report, Status};
 use crate::sample::sample;
@@ -28,16 +28,15 @@ pub struct Corpus {
     /// Its tokens' meaning.
     pub tokenizer: Tokenizer,
     /// Trained on.
-    pub train: Part,
+    pub train: Mixture,
     /// Held out.
-    pub eval: Part,
+    pub eval: Mixture,
 }
 
 impl Corpus {
-    /// Tells two corpora apart: the tokens by their SHA-256, what of them is held out by its size.
+    /// Tells two corpora apart.
     fn digest(&self) -> String {
-        let part = |part: &Part| format!("{}:{}", part.shard().index().digest, part.n_token());
-        format!("{}/{}", part(&self.train), part(&self.eval))
+        format!("{}/{}", self.train.digest(), self.eval.digest())
     }
 }
 
@@ -112,8 +111,7 @@ impl Trainer {
     ) -> Result<Self, Error> {
         let Restored { config, params, moments, mut state } = restored;
         if state.data_digest != corpus.digest() {
-            let problem =
-                "it was trained on other data, or another part was held out: give the same flags, or start a new run";
+            let problem = "it was trained on other data, in other shares, or another part was held out: give the same flags, or start a new run";
             return Err(Error::State { path: folder.path().to_owned(), problem: problem.to_owned() });
         }
         state.settings = settings;
@@ -142,7 +140,9 @@ impl Trainer {
             settings.seed,
         )?;
         // A held-out part that is too short should be known before hours of training.
-        Evaluation::new(corpus.eval.clone(), &vocabulary, settings.layout, settings.context, settings.batch_size)?;
+        for dataset in corpus.eval.datasets() {
+            evaluation(dataset, &vocabulary, settings.layout, (settings.context, settings.batch_size))?;
+        }
         let metrics = Metrics::open(folder.path(), state.step)?;
         let batches = Prefetch::new(batches);
         let peak = learner.peak(state.settings.dtype);
@@ -278,7 +278,7 @@ impl Trainer {
     /// One optimizer step.
     fn step(&mut self) -> Result<StepRecord, Error> {
         let start = Instant::now();
-        let Self { learner, state, batches, .. } = self;
+        let Self { learner, state, batches, corpus, .. } = self;
         let settings = &state.settings;
         let [first, end, next_end] = [0, 1, 2].map(|ahead| settings.first_batch(state.step + ahead));
         learner.model.profile().enter(Section::Data);
@@ -289,6 +289,8 @@ impl Trainer {
         let seconds = start.elapsed().as_secs_f64();
         state.seconds += seconds;
         let n_token = step_batches.iter().map(|batch| batch.input.len()).sum::<usize>() as f64;
+        let epochs = batches.batches().dataset_epochs_before(end);
+        let names = corpus.train.datasets().iter().map(|dataset| dataset.name.clone());
         Ok(StepRecord {
             tokens_per_s: record.n_target as f64 / seconds,
             mfu: n_token / seconds * operations_per_token(learner.model.config(), state.settings.context) / self.peak,
@@ -296,18 +298,18 @@ impl Trainer {
             seconds: state.seconds,
             n_target: state.n_target,
             epoch: batches.batches().epochs_before(end),
+            datasets: names.zip(epochs).map(|(name, epoch)| DatasetEpoch { name, epoch }).collect(),
             ..record
         })
     }
 
     /// Evaluates the held-out part; `None` if `stop` was set.
     fn evaluate(&mut self, stop: &AtomicBool) -> Result<Option<EvalRecord>, Error> {
-        let settings = &self.state.settings;
-        let batches = evaluation(&self.corpus.eval, &self.vocabulary, settings)?;
-        let limit = if settings.eval_batches == 0 { usize::MAX } else { settings.eval_batches };
-        let (dropping, step) = (settings.dropping, self.state.step);
+        let &Settings { layout, context, batch_size, eval_batches, dropping, .. } = &self.state.settings;
+        let rows = |dataset: &Dataset| evaluation(dataset, &self.vocabulary, layout, (context, batch_size));
+        let limit = if eval_batches == 0 { usize::MAX } else { eval_batches };
         let Learner { model, params, .. } = &mut self.learner;
-        evaluate(model, params, batches.take(limit), dropping, step, stop)
+        evaluate(model, params, &self.corpus.eval, rows, limit, dropping, self.state.step, stop)
     }
 
     fn sample(&mut self, observe: &mut dyn FnMut(Event)) -> Result<(), Error> {
@@ -341,52 +343,80 @@ impl Trainer {
     }
 }
 
-/// The batches of a held-out part in a run's own layout.
-fn evaluation(part: &Part, vocabulary: &Vocabulary, settings: &Settings) -> Result<Evaluation, Error> {
-    let Settings { layout, context, batch_size, .. } = *settings;
-    Ok(Evaluation::new(part.clone(), vocabulary, layout, context, batch_size)?)
+/// The batches of a held-out data set.
+fn evaluation(
+    dataset: &Dataset,
+    vocabulary: &Vocabulary,
+    layout: Layout,
+    (context, batch_size): (usize, usize),
+) -> Result<Evaluation, Error> {
+    let rows = Evaluation::new(dataset.part.clone(), vocabulary, layout, context, batch_size);
+    Ok(rows.map_err(|e| e.of_dataset(&dataset.name))?)
 }
 
-/// Loss of a model over all of `part`, in packed rows of `context` tokens; `None` if `stop` was set.
-pub fn evaluate_part(
+/// Loss of a model over all of `mixture`, in packed rows of `context` tokens; `None` if `stop` was set.
+pub fn evaluate_mixture(
     model: &mut Model,
     params: &[Vec<f32>],
     tokenizer: &Tokenizer,
-    part: Part,
+    mixture: &Mixture,
     (context, batch_size): (usize, usize),
     dropping: Dropping,
     stop: &AtomicBool,
 ) -> Result<Option<EvalRecord>, Error> {
-    let batches = Evaluation::new(part, &Vocabulary::of(tokenizer), Layout::Packed, context, batch_size)?;
-    evaluate(model, params, batches, dropping, 0, stop)
+    let vocabulary = Vocabulary::of(tokenizer);
+    let rows = |dataset: &Dataset| evaluation(dataset, &vocabulary, Layout::Packed, (context, batch_size));
+    evaluate(model, params, mixture, rows, usize::MAX, dropping, 0, stop)
 }
 
+/// Evaluates `rows` of each data set; of at most `limit` batches each data set has its share, and one at least.
 fn evaluate(
     model: &mut Model,
     params: &[Vec<f32>],
-    batches: impl Iterator<Item = Result<Batch, DataError>>,
+    mixture: &Mixture,
+    rows: impl Fn(&Dataset) -> Result<Evaluation, Error>,
+    limit: usize,
     dropping: Dropping,
     step: u64,
     stop: &AtomicBool,
 ) -> Result<Option<EvalRecord>, Error> {
     let start = Instant::now();
     let mode = Mode { capacity: dropping.capacity(model.config(), false), ..Mode::INFERENCE };
-    let (mut ce_sum, mut n_target, mut n_bytes) = (0.0, 0, 0);
-    for batch in batches {
-        if stop.load(Ordering::Relaxed) {
-            return Ok(None);
+    let mut datasets = Vec::with_capacity(mixture.datasets().len());
+    // Bytes of a target, by the shares of the data sets.
+    let mut bytes_per_target = 0.0;
+    for dataset in mixture.datasets() {
+        let (mut ce_sum, mut n_target, mut n_bytes) = (0.0, 0, 0);
+        let limit = ((limit as f64 * dataset.weight).round() as usize).max(1);
+        for batch in rows(dataset)?.take(limit) {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let batch = batch?;
+            let losses = model.loss(params, sequences(&batch), &batch.target, mode);
+            ce_sum += losses.cross_entropy.sum;
+            n_target += losses.cross_entropy.n_target as u64;
+            n_bytes += batch.n_bytes;
         }
-        let batch = batch?;
-        let losses = model.loss(params, sequences(&batch), &batch.target, mode);
-        ce_sum += losses.cross_entropy.sum;
-        n_target += losses.cross_entropy.n_target as u64;
-        n_bytes += batch.n_bytes;
+        bytes_per_target += dataset.weight * n_bytes as f64 / n_target as f64;
+        datasets.push(DatasetLoss {
+            name: dataset.name.clone(),
+            eval_loss: ce_sum / n_target as f64,
+            bits_per_byte: ce_sum / (std::f64::consts::LN_2 * n_bytes as f64),
+            n_target,
+        });
     }
-    Ok(Some(EvalRecord {
-        step,
-        eval_loss: ce_sum / n_target as f64,
-        bits_per_byte: ce_sum / (std::f64::consts::LN_2 * n_bytes as f64),
-        n_target,
-        seconds: start.elapsed().as_secs_f64(),
-    }))
+    let shares = || mixture.datasets().iter().map(|dataset| dataset.weight);
+    let (eval_loss, bits_per_byte) = match &datasets[..] {
+        [only] => (only.eval_loss, only.bits_per_byte),
+        several => {
+            let loss = shares().zip(several).map(|(share, dataset)| share * dataset.eval_loss).sum::<f64>();
+            (loss, loss / (std::f64::consts::LN_2 * bytes_per_target))
+        }
+    };
+    let n_target = datasets.iter().map(|dataset| dataset.n_target).sum();
+    if datasets.len() == 1 {
+        datasets.clear();
+    }
+    Ok(Some(EvalRecord { step, eval_loss, bits_per_byte, n_target, seconds: start.elapsed().as_secs_f64(), datasets }))
 }

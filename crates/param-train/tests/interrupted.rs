@@ -26,7 +26,7 @@ fn corpus(folder: &Path) -> Corpus {
     let (shard, _) =
         prepare(&folder.join("tokens"), &files, "text", &tokenizer, &mut |_| (), &AtomicBool::new(false)).unwrap();
     let (train, eval) = split(Arc::new(shard), 0.1, 1).unwrap();
-    Corpus { tokenizer, train, eval }
+    Corpus { tokenizer, train: train.into(), eval: eval.into() }
 }
 
 fn settings() -> Settings {

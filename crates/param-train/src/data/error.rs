@@ -44,14 +44,18 @@ pub enum DataError {
     #[error("held-out fraction {fraction}: expected a number above 0 and below 1")]
     Fraction { fraction: f64 },
     #[error(
-        "the {part} data has {n_token} tokens, less than one context of {context} and its last target; \
+        "the {part} has {n_token} tokens, less than one context of {context} and its last target; \
          use more data, a smaller context, or another split"
     )]
-    TooShort { part: &'static str, n_token: u64, context: usize },
+    TooShort { part: String, n_token: u64, context: usize },
     #[error("`{}`: made with a tokenizer of {shard} tokens, not with this one of {tokenizer}", path.display())]
     OtherTokenizer { path: PathBuf, shard: u64, tokenizer: u64 },
     #[error("the tokenizer has no end-of-text token, by which rows of one document are padded; use packed rows")]
     NoEndOfText,
+    #[error("a mixture needs at least one data set")]
+    EmptyMixture,
+    #[error("`{name}`: weight {weight}: expected a positive number")]
+    Weight { name: String, weight: f64 },
     #[error("cancelled")]
     Cancelled,
 }
@@ -66,6 +70,16 @@ impl DataError {
         match source.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::DiskFull { path },
             _ => Self::Write { path, source },
+        }
+    }
+
+    /// Says in addition which data set of a mixture it is about.
+    pub(crate) fn of_dataset(self, name: &str) -> Self {
+        match self {
+            Self::TooShort { part, n_token, context } if !name.is_empty() => {
+                Self::TooShort { part: format!("{part} of `{name}`"), n_token, context }
+            }
+            other => other,
         }
     }
 

@@ -51,6 +51,14 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
+/// A name for a folder for the shard of what `input` names: told by people from its start, and another for every input.
+pub fn folder_name(input: &Path) -> String {
+    let name = input.file_name().unwrap_or_default().to_string_lossy();
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    let plain: String = name.chars().take(40).map(|c| if is_plain(c) { c } else { '_' }).collect();
+    format!("{plain}-{}", &hex(&Sha256::digest(input.as_os_str().as_encoded_bytes()))[..8])
+}
+
 /// What `index.json` says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Index {

@@ -6,6 +6,7 @@ use param_model::Config;
 use serde_json::Value;
 
 use super::axis::{grouped, short};
+use crate::data::Dataset;
 use crate::settings::Settings;
 use crate::trainer::Corpus;
 
@@ -51,18 +52,22 @@ impl About {
             config.n_ctx,
             grouped(config.n_vocab as u64),
         );
-        let sources = &corpus.train.shard().index().recipe.sources;
+        let datasets = corpus.train.datasets();
+        let sources = datasets.iter().flat_map(|set| &set.part.shard().index().recipe.sources).collect::<Vec<_>>();
         let mut files = sources.iter().take(MAX_NAMED).map(|s| s.path.display().to_string()).collect::<Vec<_>>();
         if sources.len() > MAX_NAMED {
             files.push(format!("and {} more", grouped((sources.len() - MAX_NAMED) as u64)));
         }
-        let data = vec![
+        let share = |set: &Dataset| format!("{:.1}% from {}", 100.0 * set.weight, set.name);
+        let shares = (datasets.len() > 1).then(|| datasets.iter().map(share).collect::<Vec<_>>().join("\n"));
+        let mut data = vec![
             ("files".to_owned(), files.join("\n")),
             ("training tokens".to_owned(), grouped(corpus.train.n_token())),
             ("validation tokens".to_owned(), grouped(corpus.eval.n_token())),
             ("machine at best".to_owned(), format!("{} GFLOP/s", short(peak / 1e9))),
             ("param-train".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
         ];
+        data.extend(shares.map(|shares| ("rows".to_owned(), shares)));
         // By way of the text, as only there an f32 has no more digits than it means.
         let json = serde_json::to_string(settings).expect("settings always serialise");
         Self {

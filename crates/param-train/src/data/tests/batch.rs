@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use super::*;
-use crate::data::batch::{Batch, Batches, Evaluation, IGNORED, Layout, Vocabulary};
 use crate::data::split::{Part, split};
+use crate::data::{Batch, Batches, Evaluation, IGNORED, Layout, Vocabulary};
 
 const END: u32 = 0;
 const BOS: u32 = 1;

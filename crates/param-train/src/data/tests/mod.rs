@@ -2,6 +2,7 @@
 
 mod batch;
 mod hostile;
+mod mixture;
 mod parquet;
 mod pipeline;
 mod reader;
