@@ -82,7 +82,7 @@ impl Run {
     fn gradients(&mut self, variant: &Variant) -> Losses {
         self.grads.iter_mut().for_each(|g| g.fill(0.0));
         let (ids, mask, targets) = (variant.ids(), variant.mask(), variant.targets());
-        let sequences = Sequences { ids: &ids, n_col: variant.n_col(), mask: mask.as_deref() };
+        let sequences = Sequences { ids: &ids, n_col: variant.n_col(), mask: mask.as_deref(), first: None };
         let n_target = targets.iter().filter(|&&t| t != IGNORED).count();
         let scale = GradientScale { n_target, n_batch: 1 };
         self.model.loss_and_gradients(&self.params, &mut self.grads, sequences, &targets, variant.mode(), scale)
@@ -152,7 +152,7 @@ fn first_step_logits_and_chosen_experts_equal_the_reference() {
     for_each_variant(|case, variant, at| {
         let mut run = Run::new(case);
         let (ids, mask) = (variant.ids(), variant.mask());
-        let sequences = Sequences { ids: &ids, n_col: variant.n_col(), mask: mask.as_deref() };
+        let sequences = Sequences { ids: &ids, n_col: variant.n_col(), mask: mask.as_deref(), first: None };
         let positions = (0..ids.len()).collect::<Vec<_>>();
         let logits = run.model.logits(&run.params, sequences, &positions, variant.mode());
         assert_close(&format!("{at} logits"), &logits, &variant.arrays["logits"].floats, 1e-4);
@@ -252,7 +252,7 @@ fn evaluation_with_the_references_capacity_drops_the_same_choices() {
         let arrays = case.arrays("eval.npz");
         let expected = case.json("eval.json");
         let ids = arrays["len64.input_ids"].ints.iter().map(|&id| id as u32).collect::<Vec<_>>();
-        let sequences = Sequences { ids: &ids, n_col: ids.len(), mask: None };
+        let sequences = Sequences { ids: &ids, n_col: ids.len(), mask: None, first: None };
         let capacity = Capacity::Factor { factor: case.config.eval_capacity, min: case.config.min_capacity };
         let mode = Mode { capacity, ..Mode::INFERENCE };
         let mut run = Run::new(&case);

@@ -126,6 +126,7 @@ fn what_is_wrong_with_the_command_line_is_a_usage_error() {
         (&["--set", "stride"], &["--set stride", "KEY=VALUE"]),
         (&["--schedule=square"], &["schedule", "cosine"]),
         (&["--layout=none"], &["layout", "packed"]),
+        (&["--layout=document", "--isolate-documents"], &["--isolate-documents", "packed"]),
         (&["--data", "more.txt:0.5"], &["more.txt:0.5 has a weight", "text.txt has none"]),
         (&["--tokenizer=x.json"], &["--tokenizer", "--chars"]),
         (&["--steps=1", "--epochs=1"], &["--steps", "--epochs"]),

@@ -168,7 +168,7 @@ fn the_runtime_chooses_by_the_selection_bias_as_the_trainer_does() {
     );
     let ids = (0..30).map(|i| i * 7 % 40).collect::<Vec<u32>>();
     let positions = (0..30).collect::<Vec<_>>();
-    let sequences = Sequences { ids: &ids, n_col: 30, mask: None };
+    let sequences = Sequences { ids: &ids, n_col: 30, mask: None, first: None };
     let mut trainer = Model::new(&config, Compute::default());
     let expected = trainer.logits(&params, sequences, &positions, Mode::INFERENCE);
     let runtime = param_runtime::Model::open(trained.gguf()).unwrap();

@@ -20,7 +20,7 @@ fn weighted(data: &[PathBuf; 2], weights: [&str; 2]) -> [PathBuf; 2] {
 fn a_mixture_is_trained_on_and_resumed_in_its_middle() {
     let folder = tempfile::tempdir().unwrap();
     let data = data(folder.path());
-    for extra in [&[][..], &["--accumulate=2"]] {
+    for extra in [&[][..], &["--isolate-documents"]] {
         let name = format!("run{}", extra.len());
         let (whole, resumed) = (folder.path().join(&name), folder.path().join(name + "-resumed"));
         let [first, second] = weighted(&data, ["3", "1"]);

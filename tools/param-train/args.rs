@@ -229,6 +229,9 @@ pub struct Training {
     /// How documents become rows [default: packed]
     #[arg(long)]
     pub layout: Option<LayoutName>,
+    /// Keep each document of a packed row from seeing those before it
+    #[arg(long)]
+    pub isolate_documents: bool,
     /// Seed of everything random [default: 42]
     #[arg(long)]
     pub seed: Option<u64>,
@@ -485,6 +488,7 @@ impl Training {
             LayoutName::Document => Layout::OneDocumentPerRow,
         });
         set(&mut s.layout, layout);
+        set(&mut s.isolate_documents, self.isolate_documents.then_some(true));
         settings
     }
 }

@@ -44,7 +44,7 @@ pub fn benchmark(config: &Config, settings: &Settings, n_thread: usize, steps: u
         let n = settings.batch_size * settings.context;
         let ids = (0..=n).map(|_| rng.random_range(0..config.n_vocab as u32)).collect::<Vec<_>>();
         let target = ids[1..].iter().map(|&id| id as i32).collect();
-        Batch { n_row: settings.batch_size, input: ids[..n].to_vec(), target, mask: None, n_bytes: 0 }
+        Batch { n_row: settings.batch_size, input: ids[..n].to_vec(), target, mask: None, first: None, n_bytes: 0 }
     };
     let mut peaks = vec![learner.peak(settings.dtype)];
     let operations_per_token = operations_per_token(config, settings.context);

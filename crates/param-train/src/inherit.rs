@@ -221,7 +221,7 @@ mod tests {
     fn loss(config: &Config, params: &[Vec<f32>]) -> f64 {
         let ids = (0..36).map(|i| i * 7 % 40).collect::<Vec<u32>>();
         let targets = ids.iter().map(|&id| (id as i32 + 3) % 40).collect::<Vec<_>>();
-        let sequences = Sequences { ids: &ids, n_col: 12, mask: None };
+        let sequences = Sequences { ids: &ids, n_col: 12, mask: None, first: None };
         Model::new(config, Compute::default()).loss(params, sequences, &targets, Mode::INFERENCE).ce()
     }
 

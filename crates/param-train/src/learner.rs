@@ -153,7 +153,12 @@ fn balance(biases: &mut [f32], loads: &[usize], rate: f32) {
 
 /// A batch as the model reads it.
 pub fn sequences(batch: &Batch) -> Sequences<'_> {
-    Sequences { ids: &batch.input, n_col: batch.input.len() / batch.n_row, mask: batch.mask.as_deref() }
+    Sequences {
+        ids: &batch.input,
+        n_col: batch.input.len() / batch.n_row,
+        mask: batch.mask.as_deref(),
+        first: batch.first.as_deref(),
+    }
 }
 
 /// The loss fields of a step's record over its batches: cross-entropy by target, router losses by batch.

@@ -30,6 +30,7 @@ impl Recipe {
             accumulation_warmup: 0,
             context: config.n_ctx,
             layout: Layout::Packed,
+            isolate_documents: false,
             schedule: Schedule {
                 // Adam's best rate is taken to fall as one over the width. 0.4 comes from param-tiny alone: of 1e-3, 2e-3
                 // and 4e-3 (one seed, 400 steps of source code) the largest was best, 3.57 nats against 4.39 of the smallest.

@@ -15,7 +15,7 @@ pub fn sample(model: &mut Model, params: &[Vec<f32>], mut ids: Vec<u32>, n: usiz
     let n_ctx = model.config().n_ctx;
     for _ in 0..n {
         let window = &ids[ids.len().saturating_sub(n_ctx)..];
-        let sequences = Sequences { ids: window, n_col: window.len(), mask: None };
+        let sequences = Sequences { ids: window, n_col: window.len(), mask: None, first: None };
         let mut probabilities = model.logits(params, sequences, &[window.len() - 1], Mode::INFERENCE);
         probabilities.iter_mut().for_each(|logit| *logit /= TEMPERATURE);
         kernels.softmax(&mut probabilities);

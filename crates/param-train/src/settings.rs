@@ -70,6 +70,9 @@ pub struct Settings {
     /// How documents become rows.
     #[serde(with = "layout")]
     pub layout: Layout,
+    /// Keeps each document of a packed row from seeing those before it.
+    #[serde(default)]
+    pub isolate_documents: bool,
     /// Learning rate by step; `schedule.total` is the length of the run.
     pub schedule: Schedule,
     /// Optimizer of what Muon does not move.
@@ -172,6 +175,9 @@ impl Settings {
         if self.dtype == Dtype::Bf16 && !config.head_dim().is_multiple_of(2) {
             let problem = format!("bf16 needs heads of an even width: the model's is {}", config.head_dim());
             return fail("dtype", problem);
+        }
+        if self.isolate_documents && self.layout != Layout::Packed {
+            return fail("isolate-documents", "is for packed rows: others have one document each".to_owned());
         }
         let positive = |x: f32| x > 0.0 && x.is_finite();
         let unit = |x: f32| (0.0..=1.0).contains(&x);

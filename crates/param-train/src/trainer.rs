@@ -139,6 +139,7 @@ impl Trainer {
             settings.batch_size,
             settings.seed,
         )?;
+        let batches = batches.isolating_documents(settings.isolate_documents);
         // A held-out part that is too short should be known before hours of training.
         for dataset in corpus.eval.datasets() {
             evaluation(dataset, &vocabulary, settings.layout, (settings.context, settings.batch_size))?;

@@ -51,6 +51,8 @@ pub struct Inputs<'a> {
     pub qkv: &'a [Values; 3],
     /// Which positions are real, [n_row, n_col]; all where `None`.
     pub mask: Option<&'a [bool]>,
+    /// The first key that each query sees, [n_row, n_col]; 0 where `None`.
+    pub first: Option<&'a [u32]>,
     /// Dropout of the probabilities.
     pub dropout: Option<&'a Dropout>,
 }
@@ -64,6 +66,7 @@ struct Head<'a> {
     k: Matrix<'a>,            // [n_col, head_dim]
     v: Matrix<'a>,            // [n_col, head_dim]
     mask: Option<&'a [bool]>, // [n_col]
+    first: Option<&'a [u32]>, // [n_col]
     dropout: Option<&'a Dropout>,
     /// Number of the head among those of all sequences.
     number: usize,
@@ -74,8 +77,9 @@ impl<'a> Inputs<'a> {
         let shape = self.shape;
         let [q, k, v] = [0, 1, 2].map(|i| part(&self.qkv[i], shape, row, head));
         let mask = self.mask.map(|mask| &mask[row * shape.n_col..][..shape.n_col]);
+        let first = self.first.map(|first| &first[row * shape.n_col..][..shape.n_col]);
         let number = row * shape.n_head + head;
-        Head { kernels: Kernels::get(), precision, shape, q, k, v, mask, dropout: self.dropout, number }
+        Head { kernels: Kernels::get(), precision, shape, q, k, v, mask, first, dropout: self.dropout, number }
     }
 }
 
@@ -91,11 +95,15 @@ impl Head<'_> {
         let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
         let product = Product::new(self.precision, self.q.rows(tile.clone()).factor(), self.k.rows(0..tile.end).t());
         product.compute(self.kernels, 0..tile.len(), 0..tile.end, workspace, |i, scores| {
-            let (seen, hidden) = scores.split_at_mut(tile.start + i + 1);
-            hidden.fill(0.0);
+            let query = tile.start + i;
+            let first = self.first.map_or(0, |first| first[query] as usize);
+            let (before, rest) = scores.split_at_mut(first);
+            let (seen, after) = rest.split_at_mut(query + 1 - first);
+            before.fill(0.0);
+            after.fill(0.0);
             seen.iter_mut().for_each(|score| *score *= scale);
             if let Some(mask) = self.mask {
-                for (score, &real) in seen.iter_mut().zip(mask) {
+                for (score, &real) in seen.iter_mut().zip(&mask[first..]) {
                     *score += if real { 0.0 } else { PADDED };
                 }
             }

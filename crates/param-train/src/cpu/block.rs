@@ -453,7 +453,7 @@ impl Affine {
 }
 
 fn inputs<'a>(qkv: &'a [Values; 3], pass: &Pass<'a>, dropout: Option<&'a Dropout>) -> attention::Inputs<'a> {
-    attention::Inputs { shape: pass.attention(), qkv, mask: pass.sequences.mask, dropout }
+    attention::Inputs { shape: pass.attention(), qkv, mask: pass.sequences.mask, first: pass.sequences.first, dropout }
 }
 
 fn expert_weights(params: &[Vec<f32>], up: Affine, down: Affine) -> experts::Weights<&[f32]> {

@@ -55,6 +55,9 @@ pub struct Sequences<'a> {
     pub n_col: usize,
     /// Which positions are real and not padding, [n_row, n_col]; all where `None`.
     pub mask: Option<&'a [bool]>,
+    /// The first position of its sequence that each sees, at most its own and falling nowhere along a sequence, [n_row, n_col];
+    /// 0 where `None`.
+    pub first: Option<&'a [u32]>,
 }
 
 /// Where the router's standard normal draws come from.

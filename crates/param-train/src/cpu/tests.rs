@@ -1,6 +1,8 @@
 //! Gradients against numerical derivatives, for what the reference's golden numbers leave out: dropout, drawn noise, and
 //! the config's other options.
 
+use std::ops::Range;
+
 use param_model::{Activation, Config, Part};
 use rand::RngExt;
 
@@ -39,21 +41,42 @@ fn perturbed(config: &Config) -> Vec<Vec<f32>> {
     params
 }
 
+/// What the positions of a row see.
+#[derive(Clone, Copy, PartialEq)]
+enum Rows {
+    Whole,
+    /// Not the last five.
+    Padded,
+    /// Only their own document, of two.
+    Isolated,
+}
+
+/// Where documents begin in rows that two of them share.
+fn first_of_two(n_row: usize, n_col: usize, second: usize) -> Vec<u32> {
+    (0..n_row * n_col).map(|i| if i % n_col < second { 0 } else { second as u32 }).collect()
+}
+
 /// Along each tensor's own gradient g the loss must change by |g| per unit of length.
 ///
 /// Bound: 1% of the slope, what a central difference of an f32 loss of about 4 (rounded to 3e-7) leaves over a change of
 /// 1e-3, plus the curvature.
-fn check(config: &Config, mode: Mode, n_col: usize, padded: bool) {
+fn check(config: &Config, mode: Mode, n_col: usize, rows: Rows) {
     let mut model = Model::new(config, Compute::default());
     let params = perturbed(config);
     let mut rng = stream(13, 0);
     let mut token = || rng.random_range(0..config.n_vocab as u32);
     let n_row = 3;
     let ids = (0..n_row * n_col).map(|_| token()).collect::<Vec<_>>();
-    let real = |i: usize| !padded || i % n_col < n_col - 5;
+    let real = |i: usize| rows != Rows::Padded || i % n_col < n_col - 5;
     let targets = (0..ids.len()).map(|i| if real(i) { token() as i32 } else { IGNORED }).collect::<Vec<_>>();
     let mask = (0..ids.len()).map(real).collect::<Vec<_>>();
-    let sequences = Sequences { ids: &ids, n_col, mask: padded.then_some(&mask[..]) };
+    let first = first_of_two(n_row, n_col, n_col / 3);
+    let sequences = Sequences {
+        ids: &ids,
+        n_col,
+        mask: (rows == Rows::Padded).then_some(&mask[..]),
+        first: (rows == Rows::Isolated).then_some(&first[..]),
+    };
 
     let mut grads = model.zeros();
     let n_target = targets.iter().filter(|&&t| t != IGNORED).count();
@@ -89,19 +112,75 @@ const KEY: Key = Key { seed: 5, pass: 3 };
 fn gradients_hold_under_dropout_and_drawn_noise() {
     let config = Config { dropout: 0.2, ..config() };
     let mode = Mode { dropout: Some(KEY), capacity: Capacity::Unlimited, noise: NoiseSource::Drawn(KEY) };
-    check(&config, mode, 21, false);
+    check(&config, mode, 21, Rows::Whole);
 }
 
 #[test]
 fn gradients_hold_over_several_tiles_of_attention() {
     let config = Config { dropout: 0.1, use_noisy_top_k: false, ..config() };
-    check(&config, Mode { dropout: Some(KEY), ..Mode::INFERENCE }, 80, false);
+    check(&config, Mode { dropout: Some(KEY), ..Mode::INFERENCE }, 80, Rows::Whole);
 }
 
 #[test]
 fn gradients_hold_with_padding() {
     let config = Config { use_noisy_top_k: false, ..config() };
-    check(&config, Mode::INFERENCE, 21, true);
+    check(&config, Mode::INFERENCE, 21, Rows::Padded);
+}
+
+#[test]
+fn gradients_hold_within_documents() {
+    let config = Config { use_noisy_top_k: false, ..config() };
+    check(&config, Mode::INFERENCE, 21, Rows::Isolated);
+    check(&config, Mode { dropout: Some(KEY), ..Mode::INFERENCE }, 80, Rows::Isolated);
+}
+
+/// Two documents of a row against each alone at its place: the first with whatever behind it, the second with all before it hidden
+/// as padding is.
+///
+/// Bound: 1e-5 of the largest, for sums of f32 in another order.
+#[test]
+fn documents_of_a_row_are_as_each_alone() {
+    let config = Config { use_noisy_top_k: false, use_aux_loss: false, ..config() };
+    let params = perturbed(&config);
+    for (n_col, second) in [(21, 8), (80, 70), (80, 10)] {
+        let mut rng = stream(14, 0);
+        let mut tokens = || (0..n_col).map(|_| rng.random_range(0..config.n_vocab as u32)).collect::<Vec<_>>();
+        let (ids, other) = (tokens(), tokens());
+        let targets = tokens().into_iter().map(|id| id as i32).collect::<Vec<_>>();
+        let first = first_of_two(1, n_col, second);
+        let mask = (0..n_col).map(|t| t >= second).collect::<Vec<_>>();
+        let mut model = Model::new(&config, Compute::default());
+        let names = model.table().iter().map(|tensor| tensor.checkpoint.clone()).collect::<Vec<_>>();
+        let mut run = |ids: &[u32], mask: Option<&[bool]>, first: Option<&[u32]>, positions: Range<usize>| {
+            let sequences = Sequences { ids, n_col, mask, first };
+            let mut of_these = vec![IGNORED; n_col];
+            of_these[positions.clone()].copy_from_slice(&targets[positions.clone()]);
+            let mut grads = model.zeros();
+            let scale = GradientScale { n_target: n_col, n_batch: 1 };
+            model.loss_and_gradients(&params, &mut grads, sequences, &of_these, Mode::INFERENCE, scale);
+            let positions = positions.collect::<Vec<_>>();
+            (model.logits(&params, sequences, &positions, Mode::INFERENCE), grads)
+        };
+        let together = run(&ids, None, Some(&first[..]), 0..n_col);
+        let followed = [&ids[..second], &other[second..]].concat();
+        let alone = [run(&followed, None, None, 0..second), run(&ids, Some(&mask[..]), None, second..n_col)];
+        let logits = alone.iter().flat_map(|(logits, _)| logits.iter().copied()).collect::<Vec<_>>();
+        assert_near(&together.0, &logits, "logits");
+        for (i, grads) in together.1.iter().enumerate() {
+            let sum = alone[0].1[i].iter().zip(&alone[1].1[i]).map(|(a, b)| a + b).collect::<Vec<_>>();
+            assert_near(grads, &sum, &names[i]);
+        }
+        let hidden = [&other[..second], &ids[second..]].concat();
+        let others = run(&hidden, None, Some(&first[..]), second..n_col).0;
+        assert!(others == together.0[second * config.n_vocab..], "the second document saw the first");
+    }
+}
+
+fn assert_near(got: &[f32], want: &[f32], what: &str) {
+    let largest = want.iter().fold(1e-3, |largest: f32, x| largest.max(x.abs()));
+    for (i, (got, want)) in got.iter().zip(want).enumerate() {
+        assert!((got - want).abs() <= 1e-5 * largest, "{what}[{i}]: {got}, expected {want}");
+    }
 }
 
 #[test]
@@ -113,7 +192,7 @@ fn gradients_hold_for_every_other_shape_of_model() {
         Config { moe_phase: 1, expert_activation: Activation::GeluTanh, ..base.clone() },
         Config { dense_activation: Activation::GeluErf, use_aux_loss: true, use_router_z_loss: false, ..base.clone() },
     ] {
-        check(&config, Mode::INFERENCE, 21, false);
+        check(&config, Mode::INFERENCE, 21, Rows::Whole);
     }
 }
 
@@ -127,7 +206,7 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
     let run = |n_thread: usize| {
         let mut model = Model::new(&config, Compute { n_thread, ..Compute::default() });
         let mut grads = model.zeros();
-        let sequences = Sequences { ids: &ids, n_col: 60, mask: None };
+        let sequences = Sequences { ids: &ids, n_col: 60, mask: None, first: None };
         let scale = GradientScale { n_target: 120, n_batch: 1 };
         let losses = model.loss_and_gradients(&params, &mut grads, sequences, &targets, mode, scale);
         (losses.total(&config), grads)
@@ -146,7 +225,7 @@ fn step(config: &Config, compute: Compute) -> (Losses, Vec<Vec<f32>>, Model) {
     let mode = Mode { dropout: Some(KEY), capacity: Capacity::Unlimited, noise: NoiseSource::Drawn(KEY) };
     let mut model = Model::new(config, compute);
     let mut grads = model.zeros();
-    let sequences = Sequences { ids: &ids, n_col: 40, mask: None };
+    let sequences = Sequences { ids: &ids, n_col: 40, mask: None, first: None };
     let scale = GradientScale { n_target: 120, n_batch: 1 };
     let losses = model.loss_and_gradients(&params, &mut grads, sequences, &targets, mode, scale);
     (losses, grads, model)

@@ -19,6 +19,9 @@ pub struct Batch {
     pub target: Vec<i32>, // [B, context]
     /// False where the input is padding; `None` if none is.
     pub mask: Option<Vec<bool>>, // [B, context]
+    /// Where in its row the document of each input begins, for rows of documents that do not see each other; `None` where
+    /// each position sees all before it.
+    pub first: Option<Vec<u32>>, // [B, context]
     /// Bytes of text that the targets stand for: sum of loss in nats / (ln 2 × `n_bytes`) is bits per byte.
     pub n_bytes: u64,
 }
@@ -91,6 +94,12 @@ impl Batches {
         let datasets = epochs.collect::<Result<_, DataError>>()?;
         let shares = Shares::new(mixture.datasets().iter().map(|dataset| dataset.weight));
         Ok(Self { datasets, shares, batch_size })
+    }
+
+    /// Marks in each batch where documents begin, so that attention can keep to them.
+    pub fn isolating_documents(mut self, isolate: bool) -> Self {
+        self.datasets.iter_mut().for_each(|dataset| dataset.rows.isolate = isolate);
+        self
     }
 
     /// Rows in an epoch, of all data sets.

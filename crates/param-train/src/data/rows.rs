@@ -51,6 +51,8 @@ pub struct Rows {
     /// Follows each document when packed, pads rows of one document.
     pub end_of_text: Option<u32>,
     token_bytes: Arc<[u32]>, // [n_vocab]
+    /// Marks where in a packed row documents begin.
+    pub isolate: bool,
     /// Tokens of all documents with what follows them.
     pub stream_len: u64,
 }
@@ -81,6 +83,7 @@ impl Rows {
             part,
             layout,
             context,
+            isolate: false,
             bos: vocabulary.bos,
             end_of_text: vocabulary.end_of_text,
             token_bytes: vocabulary.token_bytes.clone(),
@@ -124,7 +127,7 @@ impl Rows {
             input: Vec::with_capacity(size),
             target: Vec::with_capacity(size),
             mask: None,
-           
+            first: None,
             n_bytes: 0,
         }
     }
@@ -132,7 +135,16 @@ impl Rows {
     /// Adds the row that starts at position `at` of the ring and has `n_target` <= `context` targets.
     pub fn push_packed(&self, batch: &mut Batch, order: &Order, at: u64, n_target: usize) -> Result<(), DataError> {
         let mut ids = Vec::with_capacity(self.context + 1); // [n_target + 1]
-        self.read_ring(order, at, n_target + 1, &mut ids)?;
+        let mut starts = Vec::new();
+        self.read_ring(order, at, n_target + 1, &mut ids, &mut starts)?;
+        if self.isolate {
+            let first = batch.first.get_or_insert_default();
+            let from = first.len();
+            first.resize(from + self.context, 0);
+            for start in starts.into_iter().filter(|&start| start < self.context) {
+                first[from + start..].fill(start as u32);
+            }
+        }
         let targets = ids.split_off(1);
         ids.extend(&targets[..n_target - 1]);
         self.push(batch, ids, targets.iter().map(|&id| id as i32).collect());
@@ -169,8 +181,16 @@ impl Rows {
         batch.target.resize(batch.n_row * self.context, IGNORED);
     }
 
-    /// Appends `n` tokens from position `at` of the ring.
-    fn read_ring(&self, order: &Order, at: u64, n: usize, ids: &mut Vec<u32>) -> Result<(), DataError> {
+    /// Appends `n` tokens from position `at` of the ring; `starts` gets the places where documents begin after one that was
+    /// before them. They begin with the end-of-text before them, as they do when a model is run.
+    fn read_ring(
+        &self,
+        order: &Order,
+        at: u64,
+        n: usize,
+        ids: &mut Vec<u32>,
+        starts: &mut Vec<usize>,
+    ) -> Result<(), DataError> {
         let block = order.starts.partition_point(|&start| start <= at) - 1;
         let (mut rank, mut skip) = ((block * STRIDE) as u64, at - order.starts[block]);
         let n_document = self.part.n_document();
@@ -189,6 +209,7 @@ impl Rows {
             let to = tokens.end.min(from + (end - ids.len()) as u64);
             self.part.shard().read(from..to, ids)?;
             if ids.len() < end {
+                starts.push(ids.len());
                 ids.extend(self.end_of_text);
             }
             (rank, skip) = ((rank + 1) % n_document, 0);

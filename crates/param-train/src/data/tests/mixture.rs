@@ -89,6 +89,29 @@ fn data_set_without_a_row_is_named() {
 }
 
 #[test]
+fn rows_say_where_their_documents_begin() {
+    let (_folder, shard) = shard(&[4, 9, 3, 1, 30, 2], 100);
+    let batches = || Batches::new(Part::all(shard.clone()), &vocabulary(), Layout::Packed, 11, 4, 5).unwrap();
+    assert_eq!(batches().batch_at(0).unwrap().first, None);
+    let mut isolating = batches().isolating_documents(true);
+    let mut n_start = 0;
+    for i in 0..20 {
+        let batch = isolating.batch_at(i).unwrap();
+        assert_eq!(Batch { first: None, ..batch.clone() }, batches().batch_at(i).unwrap(), "all else is as it was");
+        let first = batch.first.unwrap();
+        for (input, first) in batch.input.chunks(11).zip(first.chunks(11)) {
+            for t in 0..11 {
+                // The end-of-text before a document is the first it sees.
+                let last_end = input[..=t].iter().rposition(|&id| id == 0).unwrap_or(0);
+                assert_eq!(first[t] as usize, last_end, "{input:?} at {t}");
+                n_start += usize::from(last_end == t);
+            }
+        }
+    }
+    assert!(n_start > 80);
+}
+
+#[test]
 fn cache_of_another_tokenizer_is_noticed_in_each_data_sets_folder() {
     let corpus = Corpus::new(&[("a.txt", b"text of one"), ("b.txt", b"and of another")]);
     let prepare = |name: &str, tokenizer| {
