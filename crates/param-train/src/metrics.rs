@@ -138,6 +138,8 @@ pub enum Kind {
     Evaluation,
     /// As [`SampleRecord`].
     Sample,
+    /// As [`StarvedRecord`].
+    Starved,
 }
 
 /// Step, kind and fields of a line, whichever fields there are: those of other versions as well. `None` if it is no record.
@@ -147,6 +149,7 @@ pub fn read_line(line: &str) -> Option<(u64, Kind, Fields)> {
     let kind = match () {
         () if fields.contains_key("eval_loss") => Kind::Evaluation,
         () if fields.contains_key("sample") => Kind::Sample,
+        () if fields.contains_key("starved_expert") => Kind::Starved,
         () => Kind::Step,
     };
     Some((step, kind, fields))

@@ -243,7 +243,7 @@ impl Trainer {
             self.record(&record, observe)?;
             observe(Event::Step(&record));
             for starved in self.load.see(&record) {
-                self.metrics.write(&starved)?;
+                self.record(&starved, observe)?;
                 observe(Event::Starved(&starved));
             }
             self.state.is_step_open = true;

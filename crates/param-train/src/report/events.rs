@@ -62,6 +62,8 @@ impl EventFile {
                     value.extend(content.as_f64().map(|x| scalar(format!("eval/{name}"), x)));
                 }
                 Kind::Sample => value.extend(content.as_str().map(|text| text_value(field, text))),
+                // The loads show it.
+                Kind::Starved => return Ok(()),
             }
         }
         self.write(step as i64, What::Summary(Summary { value }))

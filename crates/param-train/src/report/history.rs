@@ -81,6 +81,8 @@ impl History {
                     self.samples.push(step, Latest(text.to_owned()));
                 }
             }
+            // The loads show it.
+            Kind::Starved => {}
         }
     }
 
@@ -139,11 +141,13 @@ mod tests {
         add(&mut history, r#"{"step":2,"loss":null,"router_entropy":[0.6,0.2],"expert_load":[[1.0]],"note":"?"}"#);
         add(&mut history, r#"{"step":2,"eval_loss":3.0,"bits_per_byte":1.5}"#);
         add(&mut history, r#"{"step":2,"sample":"text"}"#);
+        add(&mut history, r#"{"step":2,"block":0,"starved_expert":1,"share":0.0,"balanced":0.5,"n_step":50}"#);
         assert_eq!(history.steps["loss"][0].iter().len(), 1);
         assert_eq!(history.steps["router_entropy"].len(), 2);
         assert_eq!(history.loads.iter().len(), 1, "of a model with as many experts");
         assert_eq!(history.best, Some((2, 3.0)));
         assert_eq!(history.samples.iter().next().unwrap().1.0, "text");
+        assert!(!history.steps.contains_key("share") && history.latest.contains_key("loss"));
         assert!(!history.steps.contains_key("note") && read_line("{\"step\":13,\"lo").is_none());
     }
 }
