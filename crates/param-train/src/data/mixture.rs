@@ -124,7 +124,7 @@ impl Shares {
 
 /// `share` (in units of 2^-64) of `n` rows, rounded down.
 fn part(n: u64, share: u128) -> u64 {
-    (u128::from(n) * share >> 64) as u64
+    ((u128::from(n) * share) >> 64) as u64
 }
 
 #[cfg(test)]
