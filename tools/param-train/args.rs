@@ -232,6 +232,9 @@ pub struct Training {
     /// Keep each document of a packed row from seeing those before it
     #[arg(long)]
     pub isolate_documents: bool,
+    /// Take documents in the order of the files, every epoch the same
+    #[arg(long)]
+    pub no_shuffle: bool,
     /// Seed of everything random [default: 42]
     #[arg(long)]
     pub seed: Option<u64>,
@@ -394,13 +397,13 @@ impl Training {
     /// Steps where no flag says how many.
     pub const STEPS: u64 = 2000;
 
-    /// Steps that the flags ask for, given the batches in some number of epochs.
-    pub fn steps(&self, batches_in: impl Fn(f64) -> u64, accumulation: usize) -> Result<Option<u64>> {
+    /// Steps that the flags ask for, given those in some number of epochs.
+    pub fn steps(&self, steps_in: impl Fn(f64) -> u64) -> Result<Option<u64>> {
         match self.epochs {
             Some(epochs) if !(epochs > 0.0 && epochs.is_finite()) => {
                 bail!(Usage(format!("--epochs {epochs}: expected a positive number")))
             }
-            Some(epochs) => Ok(Some(batches_in(epochs).div_ceil(accumulation.max(1) as u64))),
+            Some(epochs) => Ok(Some(steps_in(epochs))),
             None => Ok(self.steps),
         }
     }
@@ -483,6 +486,7 @@ impl Training {
         });
         set(&mut s.dtype, dtype);
         set(&mut s.recompute, self.recompute.then_some(true));
+        set(&mut s.shuffle, self.no_shuffle.then_some(false));
         let layout = self.layout.map(|name| match name {
             LayoutName::Packed => Layout::Packed,
             LayoutName::Document => Layout::OneDocumentPerRow,

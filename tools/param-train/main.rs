@@ -272,7 +272,7 @@ fn steps(flags: &Training, corpus: &Corpus, settings: &Settings) -> Result<Optio
     let vocabulary = Vocabulary::of(&corpus.tokenizer);
     let Settings { layout, context, batch_size, seed, .. } = *settings;
     let batches = Batches::new(corpus.train.clone(), &vocabulary, layout, context, batch_size.max(1), seed)?;
-    flags.steps(|epochs| batches.batches_in(epochs), settings.accumulation)
+    flags.steps(|epochs| settings.steps_of(batches.batches_in(epochs)))
 }
 
 fn tokens_folder(folder: &RunFolder) -> std::path::PathBuf {

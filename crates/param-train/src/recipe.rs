@@ -30,6 +30,7 @@ impl Recipe {
             accumulation_warmup: 0,
             context: config.n_ctx,
             layout: Layout::Packed,
+            shuffle: true,
             isolate_documents: false,
             schedule: Schedule {
                 // Adam's best rate is taken to fall as one over the width. 0.4 comes from param-tiny alone: of 1e-3, 2e-3
@@ -69,6 +70,7 @@ impl Recipe {
             Recipe::Reference => Settings {
                 batch_size: 8,
                 layout: Layout::OneDocumentPerRow,
+                shuffle: false,
                 schedule: Schedule {
                     peak: 5e-5,
                     warmup: 0,

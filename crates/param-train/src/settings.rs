@@ -70,6 +70,9 @@ pub struct Settings {
     /// How documents become rows.
     #[serde(with = "layout")]
     pub layout: Layout,
+    /// Whether documents and rows are shuffled, each epoch anew.
+    #[serde(default = "yes")]
+    pub shuffle: bool,
     /// Keeps each document of a packed row from seeing those before it.
     #[serde(default)]
     pub isolate_documents: bool,
@@ -126,6 +129,10 @@ pub fn bias_rate() -> f32 {
     1e-3
 }
 
+fn yes() -> bool {
+    true
+}
+
 impl Settings {
     /// How a model is computed under these settings.
     pub fn compute(&self, n_thread: usize) -> Compute {
@@ -146,6 +153,17 @@ impl Settings {
     pub fn first_batch(&self, step: u64) -> u64 {
         let warming = step.min(self.accumulation_warmup);
         (0..warming).map(|step| self.n_batch(step)).sum::<u64>() + (step - warming) * self.accumulation as u64
+    }
+
+    /// Steps that `n_batch` batches make, the last one perhaps with more.
+    pub fn steps_of(&self, n_batch: u64) -> u64 {
+        let warming = self.first_batch(self.accumulation_warmup);
+        match n_batch.checked_sub(warming) {
+            Some(rest) => self.accumulation_warmup + rest.div_ceil(self.accumulation as u64),
+            None => (0..self.accumulation_warmup)
+                .find(|&step| self.first_batch(step) >= n_batch)
+                .unwrap_or(self.accumulation_warmup),
+        }
     }
 
     /// Muon's learning rate of step `step`, from 0: the others' curve up to its own highest.
@@ -237,5 +255,23 @@ mod layout {
         let text = String::deserialize(from)?;
         let found = NAMES.iter().find(|(_, name)| *name == text);
         found.map(|(layout, _)| *layout).ok_or_else(|| D::Error::custom(format!("unknown layout `{text}`")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::recipe::Recipe;
+
+    #[test]
+    fn batches_of_a_step_rise_to_all_of_them() {
+        let base = Recipe::Recommended.settings(&Config::preset("param-tiny").unwrap(), 20);
+        let settings = Settings { accumulation: 4, accumulation_warmup: 6, ..base };
+        let counts = (0..9).map(|step| settings.n_batch(step)).collect::<Vec<_>>();
+        assert_eq!(counts, [1, 1, 2, 2, 3, 3, 4, 4, 4]);
+        for step in 0..9 {
+            assert_eq!(settings.first_batch(step), counts[..step as usize].iter().sum::<u64>());
+        }
+        assert_eq!([1, 3, 12, 13, 16, 17].map(|n| settings.steps_of(n)), [1, 3, 6, 7, 7, 8]);
     }
 }

@@ -140,6 +140,7 @@ impl Trainer {
             settings.seed,
         )?;
         let batches = batches.isolating_documents(settings.isolate_documents);
+        let batches = if settings.shuffle { batches } else { batches.in_order() };
         // A held-out part that is too short should be known before hours of training.
         for dataset in corpus.eval.datasets() {
             evaluation(dataset, &vocabulary, settings.layout, (settings.context, settings.batch_size))?;

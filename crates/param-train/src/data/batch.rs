@@ -56,6 +56,8 @@ pub struct Batches {
 struct Epochs {
     rows: Rows,
     seed: u64,
+    /// Whether documents and rows come as they lie, not shuffled.
+    in_order: bool,
     /// The epoch that the last row was in, kept because making one takes a pass over the document index.
     epoch: Epoch,
 }
@@ -89,7 +91,7 @@ impl Batches {
             rows.check_length("training data").map_err(|e| e.of_dataset(&dataset.name))?;
             // Data sets of equal length should not be shuffled alike.
             let seed = if n_dataset == 1 { seed } else { hash(&[seed, i]) };
-            Ok(Epochs { epoch: Epoch::new(&rows, seed, 0), rows, seed })
+            Ok(Epochs { epoch: Epoch::shuffled(&rows, seed, 0), rows, seed, in_order: false })
         });
         let datasets = epochs.collect::<Result<_, DataError>>()?;
         let shares = Shares::new(mixture.datasets().iter().map(|dataset| dataset.weight));
@@ -99,6 +101,15 @@ impl Batches {
     /// Marks in each batch where documents begin, so that attention can keep to them.
     pub fn isolating_documents(mut self, isolate: bool) -> Self {
         self.datasets.iter_mut().for_each(|dataset| dataset.rows.isolate = isolate);
+        self
+    }
+
+    /// Takes documents and rows as they lie in each data set, every epoch the same, instead of shuffling them.
+    pub fn in_order(mut self) -> Self {
+        for dataset in &mut self.datasets {
+            dataset.in_order = true;
+            dataset.epoch = Epoch::in_order(&dataset.rows, 0);
+        }
         self
     }
 
@@ -155,7 +166,10 @@ impl Epochs {
     fn push(&mut self, batch: &mut Batch, row: u64) -> Result<(), DataError> {
         let (number, row) = (row / self.n_row(), row % self.n_row());
         if self.epoch.number != number {
-            self.epoch = Epoch::new(&self.rows, self.seed, number);
+            self.epoch = match self.in_order {
+                true => Epoch::in_order(&self.rows, number),
+                false => Epoch::shuffled(&self.rows, self.seed, number),
+            };
         }
         let Epoch { order, rows, phase, .. } = &self.epoch;
         match self.rows.layout {
@@ -176,7 +190,7 @@ fn n_row_of_epoch(rows: &Rows) -> u64 {
 }
 
 impl Epoch {
-    fn new(rows: &Rows, seed: u64, number: u64) -> Self {
+    fn shuffled(rows: &Rows, seed: u64, number: u64) -> Self {
         // One stream of random numbers for each use.
         let random = |usage: u64| hash(&[seed, number, usage]);
         Self {
@@ -184,6 +198,15 @@ impl Epoch {
             order: rows.order(Permutation::shuffled(rows.part.n_document(), random(0))),
             rows: Permutation::shuffled(n_row_of_epoch(rows), random(1)),
             phase: random(2) % rows.stream_len,
+        }
+    }
+
+    fn in_order(rows: &Rows, number: u64) -> Self {
+        Self {
+            number,
+            order: rows.order(Permutation::identity(rows.part.n_document())),
+            rows: Permutation::identity(n_row_of_epoch(rows)),
+            phase: 0,
         }
     }
 }

@@ -112,6 +112,26 @@ fn rows_say_where_their_documents_begin() {
 }
 
 #[test]
+fn in_order_documents_come_as_they_lie_in_every_epoch() {
+    let (_folder, shard) = shard(&[4, 9, 3, 1, 30, 2], 100);
+    let mut batches =
+        Batches::new(Part::all(shard.clone()), &vocabulary(), Layout::OneDocumentPerRow, 7, 4, 5).unwrap().in_order();
+    let mut first_tokens = Vec::new();
+    for i in 0..3 {
+        first_tokens.extend(batches.batch_at(i).unwrap().input.chunks(7).map(|row| row[..2].to_vec()));
+    }
+    let mut want = Vec::new();
+    for document in (0..6).chain(0..6) {
+        let tokens = Part::all(shard.clone()).document(document);
+        let mut row = vocabulary().bos.into_iter().collect::<Vec<_>>();
+        shard.read(tokens.start..tokens.end.min(tokens.start + 2), &mut row).unwrap();
+        row.resize(row.len().max(2), 0);
+        want.push(row[..2].to_vec());
+    }
+    assert_eq!(first_tokens, want);
+}
+
+#[test]
 fn cache_of_another_tokenizer_is_noticed_in_each_data_sets_folder() {
     let corpus = Corpus::new(&[("a.txt", b"text of one"), ("b.txt", b"and of another")]);
     let prepare = |name: &str, tokenizer| {
