@@ -11,7 +11,7 @@ use crate::command::{output_of, param_convert, param_train};
 
 /// Trained: sharper than any random model, with routers that have decided. A width of 256 suits every type.
 const FLAGS: &str = "--ext rs --preset param-tiny --set emb_dim=256 --set num_heads=4 --set num_layers=4 --set num_experts=4 \
-    --vocab-size 512 --context 128 --batch-size 8 --steps 240 --lr 2e-3 --warmup 20 --threads 2 --sample-every 0 --eval-every 0";
+    --vocab-size 512 --context 128 --batch-size 8 --steps 240 --optimizer adamw --lr 2e-3 --warmup 20 --threads 2 --sample-every 0 --eval-every 0";
 
 /// Nats per token, on average.
 const BOUND: f64 = 1e-4;

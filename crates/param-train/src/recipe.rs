@@ -33,9 +33,9 @@ impl Recipe {
             shuffle: true,
             isolate_documents: false,
             schedule: Schedule {
-                // Adam's best rate is taken to fall as one over the width. 0.4 comes from param-tiny alone: of 1e-3, 2e-3
-                // and 4e-3 (one seed, 400 steps of source code) the largest was best, 3.57 nats against 4.39 of the smallest.
-                peak: 0.4 / config.n_embd as f32,
+                // The best rate is taken to fall as one over the width, here and below: the evidence is
+                // benches/runs/2026-11-26-learning.md, from widths of 96 and 128.
+                peak: 0.6 / config.n_embd as f32,
                 warmup: (steps / 20).min(2000),
                 total: steps,
                 curve: Curve::Cosine,
@@ -64,7 +64,7 @@ impl Recipe {
         match self {
             Recipe::AdamW => base,
             Recipe::Recommended => {
-                let muon = Muon { lr: base.schedule.peak, momentum: Muon::MOMENTUM };
+                let muon = Muon { lr: 1.2 / config.n_embd as f32, momentum: Muon::MOMENTUM };
                 Settings { muon: Some(muon), ..base }
             }
             Recipe::Reference => Settings {

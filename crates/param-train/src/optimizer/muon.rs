@@ -28,6 +28,9 @@ const N_POLYNOMIAL: usize = 5;
 /// Singular values from here up to 1 end within an eighth of 1; smaller ones are raised by the same factors and stay below.
 const LEAST: f64 = 1e-3;
 
+/// Columns of a symmetric product that are computed together: the narrower, the less of its lower half is computed for nothing.
+const SYMMETRIC_STRIP: usize = 64;
+
 /// What one thread orthogonalises in; grows to what was needed most.
 #[derive(Default)]
 pub struct Scratch {
@@ -135,7 +138,7 @@ fn symmetric(
     m: usize,
 ) {
     let product = Product::new(Precision::F32, left, right);
-    for cols in parts(m, product.strip()) {
+    for cols in parts(m, SYMMETRIC_STRIP) {
         product.compute(kernels, 0..cols.end, cols.clone(), workspace, |row, sums| {
             out[row * m + cols.start..][..sums.len()].copy_from_slice(sums);
         });
