@@ -4,7 +4,7 @@
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 out="$root/runs/quickstart"
-steps=1200
+steps=600
 
 say() { printf '\n== %s\n' "$*"; }
 
