@@ -84,7 +84,7 @@ reference)
         [map(select(.ce)), ($theirs | map(select(.loss)))] | transpose | map({step: .[0].step, ours: .[0].loss, theirs: .[1].loss})
         | (map((.ours / .theirs - 1) | fabs) | max) as $most
         | (.[] | select(.step % 50 == 0 or .step == 1) | "step \(.step)  PARAM \(.ours)  PyTorch \(.theirs)"),
-          "largest difference of any step: \($most * 1e6 | round / 1e4)%"
+          "largest relative difference of any step: \($most)"
     ' "$out/metrics.jsonl"
     ;;
 *) usage ;;

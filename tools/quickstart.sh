@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# From nothing to generated text: installs what is missing, builds, trains a model of a million parameters for about a minute,
+# From nothing to generated text: installs what is missing, builds, trains a model of a million parameters for a minute or a few,
 # quantizes it and lets it write. tools/quickstart.sh FILE... trains on your own text.
 set -euo pipefail
 root="$(cd "$(dirname "$0")/.." && pwd)"
 out="$root/runs/quickstart"
-steps=600
+steps=900
 
 say() { printf '\n== %s\n' "$*"; }
 
@@ -29,7 +29,7 @@ else
     prompt="    pub fn "
 fi
 
-say "3/5 training param-tiny for $steps steps, about a minute"
+say "3/5 training param-tiny for $steps steps, a minute or a few"
 "$bin/param-train" --data "${data[@]}" --out "$out" --preset param-tiny \
     --steps "$steps" --eval-batches 20 --sample-prompt "$prompt" --log-every 50
 
