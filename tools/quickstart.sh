@@ -8,13 +8,16 @@ steps=900
 
 say() { printf '\n== %s\n' "$*"; }
 
-say "1/5 checking for a C compiler, libclang and Rust"
+say "1/6 checking for a C compiler, libclang and Rust"
 "$root/tools/setup.sh"
 export PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
 
-say "2/5 building (a few minutes the first time)"
+say "2/6 building (a few minutes the first time)"
 cargo build --release --manifest-path "$root/Cargo.toml"
 bin="${CARGO_TARGET_DIR:-$root/target}/release"
+
+say "3/6 a model that comes with the project, trained on Shakespeare: models/README.md"
+"$bin/param-run" -m "$root/models/shakespeare.gguf" -p "ROMEO:" -n 120 --temp 0.8 --seed 1
 
 if [ $# -gt 0 ]; then
     # A folder of its own: what was trained on someone's text is not replaced.
@@ -29,14 +32,14 @@ else
     prompt="    pub fn "
 fi
 
-say "3/5 training param-tiny for $steps steps, a minute or a few"
+say "4/6 training param-tiny for $steps steps, a minute or a few"
 "$bin/param-train" --data "${data[@]}" --out "$out" --preset param-tiny \
     --steps "$steps" --eval-batches 20 --sample-prompt "$prompt" --log-every 50
 
-say "4/5 quantizing"
+say "5/6 quantizing"
 "$bin/param-convert" "$out/best/model.safetensors" "$out/param.gguf"
 
-say "5/5 generating from $out/param.gguf"
+say "6/6 generating from $out/param.gguf"
 printf '%s' "$prompt"
 "$bin/param-run" -m "$out/param.gguf" -p "$prompt" -n 120 --temp 0.8 --seed 1
 
