@@ -43,7 +43,7 @@ characters)
     python=${3:?characters needs VENV/bin/python}
     for seed in "${seeds[@]}"; do
         out=$(train "characters-$seed" --data "$text" --chars --holdout 0.1 --config "$root/benches/peers/torch/char.toml" --seed "$seed" \
-            --batch-size 12 --accumulate 2 --steps 450 --lr 6e-3 --schedule linear --min-lr 0.02 --eval-every 25)
+            --batch-size 24 --steps 400 --eval-every 20)
         echo "PARAM          seed $seed  $(reached "$out" 1.88)"
         for compile in "" --compile; do
             row=$("$python" "$root/benches/peers/torch/learn.py" --recipe nanogpt --preset "$root/benches/peers/torch/char.toml" --data "$text" \

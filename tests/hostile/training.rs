@@ -112,6 +112,8 @@ fn what_is_wrong_with_the_command_line_is_a_usage_error() {
     for (flags, parts) in [
         (&["--lr=0"][..], &["--lr", "positive"][..]),
         (&["--lr=fast"], &["--lr", "fast"]),
+        (&["--optimizer=adamw", "--muon-lr=1e-2"], &["--muon-lr", "--optimizer muon"]),
+        (&["--lr-scale=nothing=2"], &["--lr-scale", "no tensor's name matches `nothing`"]),
         (&["--min-lr=2"], &["--min-lr", "0 to 1"]),
         (&["--clip=-1"], &["--clip"]),
         (&["--beta1=1"], &["--beta1"]),

@@ -322,8 +322,8 @@ impl Flags {
 
     /// Settings of a new run of `steps` steps for `config`, in rows as long as the flags say.
     pub fn settings(&self, config: &Config, steps: u64) -> Result<Settings> {
-        self.training.check(config)?;
         let settings = self.training.settings(config, steps);
+        self.training.check(config, &settings)?;
         Ok(Settings { context: self.model.context.unwrap_or(settings.context), ..settings })
     }
 }
@@ -409,7 +409,11 @@ impl Training {
     }
 
     /// Refuses what would have no effect.
-    pub fn check(&self, config: &Config) -> Result<()> {
+    pub fn check(&self, config: &Config, settings: &Settings) -> Result<()> {
+        let of_muon = [("muon-lr", self.muon_lr), ("momentum", self.momentum)];
+        if let Some((flag, _)) = of_muon.iter().find(|(_, given)| given.is_some() && settings.muon.is_none()) {
+            bail!(Usage(format!("--{flag}: AdamW moves everything here: it is a setting of --optimizer muon")));
+        }
         if self.bias_rate.is_some() && !config.use_selection_bias {
             bail!(Usage(
                 "--bias-rate: the model has no selection bias: it begins with --set use_selection_bias=true".into()

@@ -8,9 +8,9 @@ use indicatif::{HumanBytes, HumanCount, HumanDuration};
 use param_kernels::{Team, arithmetic_peak};
 use param_train::cpu::{Memory, operations_per_token};
 use param_train::optimizer::Group;
+use param_train::report::summary;
 
 use crate::args::{Flags, Training};
-use crate::describe;
 
 /// What of the peak training reaches, by which a time is estimated; `--benchmark` measures it.
 const UTILISATION: f64 = 0.5;
@@ -25,7 +25,7 @@ pub fn run(flags: &Flags) -> Result<ExitCode> {
     let groups = Group::all(&param_model::tensors(&config), &settings)?;
     let memory = Memory::plan(&config, &groups, settings.compute(n_thread), (settings.batch_size, settings.context));
     let mut out = stdout();
-    writeln!(out, "{}", describe(&config))?;
+    writeln!(out, "{}", summary(&config))?;
     let kinds = [
         ("parameters", memory.parameters),
         ("gradients", memory.gradients),

@@ -29,6 +29,7 @@ use param_train::inherit::{Plan, Source};
 use param_train::init::initialise;
 use param_train::memory;
 use param_train::optimizer::Group;
+use param_train::report::summary;
 use param_train::settings::Settings;
 use param_train::trainer::{Corpus, Outcome, Trainer, evaluate_mixture};
 
@@ -94,7 +95,7 @@ fn initialise_only(flags: &Flags, out: &Path) -> Result<ExitCode> {
     let params = first_params(flags, beginning, &config, seed)?;
     write_folder(out, |partial| anyhow::Ok(write_model(partial, &config, tokenizer.as_ref(), &params)?))
         .with_context(named)?;
-    writeln!(stdout(), "{}: {}", out.join(WEIGHTS_FILE).display(), describe(&config))?;
+    writeln!(stdout(), "{}: {}", out.join(WEIGHTS_FILE).display(), summary(&config))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -197,7 +198,7 @@ fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer>
     let steps = steps(&flags.training, &corpus, &early)?.unwrap_or(Training::STEPS);
     let settings = flags.settings(&config, steps)?;
     choice.save(folder.path())?;
-    eprintln!("{}, on {} threads", describe(&config), flags.n_thread());
+    eprintln!("{}, on {} threads", summary(&config), flags.n_thread());
     report_frozen(&config, &settings)?;
     let params = first_params(flags, beginning, &config, settings.seed)?;
     Ok(Trainer::new(folder, &config, params, settings, corpus, flags.n_thread())?)
@@ -249,10 +250,10 @@ fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer
     }
     let mut restored = folder.restore()?;
     restored.config = flags.model.weigh_losses(restored.config)?;
-    flags.training.check(&restored.config)?;
     let last = folder.last().context("restored from it")?;
     let tokenizer = Tokenizer::from_file(&last.join(TOKENIZER_FILE))?;
     let settings = flags.training.apply(restored.state.settings.clone());
+    flags.training.check(&restored.config, &settings)?;
     settings.check(&restored.config)?;
     let choice = if flags.data.data.is_empty() {
         DataChoice::load(folder.path())?
@@ -262,7 +263,7 @@ fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer
     let corpus = choice.corpus(&tokens_folder(&folder), tokenizer, stop)?;
     let total = steps(&flags.training, &corpus, &settings)?.unwrap_or(settings.schedule.total);
     let schedule = param_train::schedule::Schedule { total, ..settings.schedule };
-    eprintln!("{}, resumed at step {} of {total}", describe(&restored.config), restored.state.step);
+    eprintln!("{}, resumed at step {} of {total}", summary(&restored.config), restored.state.step);
     report_frozen(&restored.config, &settings)?;
     Ok(Trainer::resume(folder, restored, Settings { schedule, ..settings }, corpus, flags.n_thread())?)
 }
@@ -277,18 +278,4 @@ fn steps(flags: &Training, corpus: &Corpus, settings: &Settings) -> Result<Optio
 
 fn tokens_folder(folder: &RunFolder) -> std::path::PathBuf {
     folder.path().join(TOKENS_FOLDER)
-}
-
-fn describe(config: &Config) -> String {
-    let n_params = param_model::tensors(config).iter().map(|t| t.n_elements()).sum::<usize>();
-    let experts = match config.n_moe() {
-        0 => "dense".to_owned(),
-        n => format!("{n} of them with {} experts, top-{}", config.n_expert, config.n_expert_used),
-    };
-    let (n_layer, n_embd, n_ctx) = (config.n_layer, config.n_embd, config.n_ctx);
-    let vocab = HumanCount(config.n_vocab as u64);
-    format!(
-        "{} parameters: {n_layer} blocks ({experts}), width {n_embd}, context {n_ctx}, vocabulary {vocab}",
-        HumanCount(n_params as u64)
-    )
 }

@@ -288,9 +288,14 @@ impl Config {
         self.n_expert > 1 && block % self.moe_stride == self.moe_phase
     }
 
+    /// The MoE blocks' numbers.
+    pub fn moe_blocks(&self) -> impl Iterator<Item = usize> {
+        (0..self.n_layer).filter(|&i| self.is_moe(i))
+    }
+
     /// Number of MoE blocks.
     pub fn n_moe(&self) -> usize {
-        (0..self.n_layer).filter(|&i| self.is_moe(i)).count()
+        self.moe_blocks().count()
     }
 }
 

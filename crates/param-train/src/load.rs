@@ -27,7 +27,7 @@ struct Spell {
 impl LoadWatch {
     /// Begins to count.
     pub fn new(config: &Config) -> Self {
-        let blocks = (0..config.n_layer).filter(|&i| config.is_moe(i)).collect::<Vec<_>>();
+        let blocks = config.moe_blocks().collect::<Vec<_>>();
         Self { experts: vec![vec![Spell::default(); config.n_expert]; blocks.len()], blocks }
     }
 

@@ -84,7 +84,7 @@ impl NoiseSource<'_> {
                 Some((0..n_token * config.n_expert).map(|_| StandardNormal.sample(&mut rng)).collect())
             }
             NoiseSource::Given(given) => {
-                let n_before = (0..block).filter(|&i| config.is_moe(i)).count();
+                let n_before = config.moe_blocks().take_while(|&i| i < block).count();
                 Some(given[n_before].clone())
             }
         }

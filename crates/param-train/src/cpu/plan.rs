@@ -53,7 +53,9 @@ impl Memory {
         let muons = || table.iter().zip(groups).filter(|(_, group)| group.is_muons).map(|(t, _)| t);
         let moments = 2 * parameters - f32s(muons().map(|t| t.n_elements()).sum());
         // An update and four squares of its shorter side, by thread.
-        working += compute.n_thread as u64 * muons().map(|_| f32s(d * n_ff + 4 * d * d)).max().unwrap_or(0);
+        if muons().next().is_some() {
+            working += compute.n_thread as u64 * f32s(d * n_ff + 4 * d * d);
+        }
         Self { parameters, gradients: parameters, moments, activations, working }
     }
 

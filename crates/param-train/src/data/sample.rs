@@ -14,8 +14,9 @@ use super::source::{Compression, Format, SourceFile, join};
 const STRETCH: u64 = 16 << 20;
 
 /// About `max_bytes` of the text of `sources`, or all of it if there is less, spread evenly over them by size on disk
-/// (within a compressed file only its start can be reached, within a Parquet file the start of each row group). The same files give the same sample. Bad lines, and
-/// files found that are not text, are passed over here and reported by [`prepare`](super::prepare).
+/// (within a compressed file only its start can be reached, within a Parquet file the start of each row group). The same
+/// files give the same sample. Bad lines, and files found that are not text, are passed over here and reported by
+/// [`prepare`](super::prepare).
 ///
 /// # Errors
 /// [`DataError::NoText`] if nothing was found; [`DataError::Read`]; [`DataError::Binary`] and [`DataError::NotUtf8`] for a

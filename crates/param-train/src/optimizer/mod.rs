@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::settings::Settings;
 
 pub use adamw::{AdamW, Decay};
-pub use muon::Muon;
+pub use muon::{Muon, Scratch as MuonScratch};
 
 /// Elements per task: fixed, so that sums do not depend on the number of threads.
 const PART: usize = 1 << 14;
@@ -150,7 +150,7 @@ pub fn step(
             continue;
         }
         let decay = if group.decays { settings.adamw.weight_decay } else { 0.0 };
-        let lr = if group.is_muons { at.muon_lr } else { at.lr } * group.lr_scale;
+        let lr = group.lr_scale * if group.is_muons { at.muon_lr } else { at.lr };
         let keep = 1.0 - lr * decay;
         match settings.muon.filter(|_| group.is_muons) {
             Some(muon) => {
@@ -185,8 +185,6 @@ pub fn step(
     });
 }
 
-pub use muon::Scratch as MuonScratch;
-
 /// Euclidean norm of all gradients together.
 pub fn global_norm(team: &mut Team, grads: &[Vec<f32>]) -> f64 {
     let kernels = Kernels::get();
@@ -199,4 +197,77 @@ pub fn global_norm(team: &mut Team, grads: &[Vec<f32>]) -> f64 {
 /// Factor that brings gradients of that norm within `max_norm`, as PyTorch's `clip_grad_norm_` computes it.
 pub fn clip_factor(norm: f64, max_norm: f32) -> f32 {
     (f64::from(max_norm) / (norm + 1e-6)).min(1.0) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::init::initialise;
+    use crate::recipe::Recipe;
+    use param_model::{Config, tensors};
+
+    /// What a step of 1e-2 makes of a small model's parameters, all gradients being 1: their table, before, after.
+    fn step_of(settings: &Settings, config: &Config) -> (Vec<TensorSpec>, Vec<Vec<f32>>, Vec<Vec<f32>>) {
+        let table = tensors(config);
+        let groups = Group::all(&table, settings).unwrap();
+        let before = initialise(config, 1);
+        let mut params = before.clone();
+        let mut grads = before.iter().map(|p| vec![1.0; p.len()]).collect::<Vec<_>>();
+        let mut moments = Moments::zeros(&table, &groups);
+        let at = Step { number: 1, lr: 1e-2, muon_lr: 1e-2, grad_scale: 1.0 };
+        let (team, scratch) = (&mut Team::new(2), &mut Vec::new());
+        step(team, scratch, (&table, &groups), &mut params, &mut grads, &mut moments, settings, at);
+        assert!(grads.iter().flatten().all(|g| *g == 0.0));
+        (table, before, params)
+    }
+
+    #[test]
+    fn rates_and_decay_are_those_of_the_patterns_that_match() {
+        let config = Config::preset("param-tiny").unwrap();
+        let base = Recipe::AdamW.settings(&config, 10);
+        let settings = Settings {
+            lr_scale: vec![("experts".to_owned(), 2.0), ("c_fc".to_owned(), 0.0)],
+            no_decay: vec!["token_emb".to_owned()],
+            ..base
+        };
+        let (table, before, after) = step_of(&settings, &config);
+        for (spec, (before, after)) in table.iter().zip(before.iter().zip(&after)) {
+            let name = &spec.checkpoint;
+            // The first step of AdamW is the learning rate, whatever the gradient.
+            let lr = match () {
+                () if name.contains("c_fc") => 0.0,
+                () if name.contains("experts") => 2e-2,
+                () => 1e-2,
+            };
+            let decays = !matches!(spec.role, Role::Norm | Role::Bias) && !name.contains("token_emb");
+            let decay = if decays { settings.adamw.weight_decay } else { 0.0 };
+            for (before, after) in before.iter().zip(after) {
+                let want = before * (1.0 - lr * decay) - lr;
+                assert!((after - want).abs() <= 1e-6, "{name}: {after}, expected {want}");
+            }
+        }
+    }
+
+    #[test]
+    fn muon_moves_the_matrices_of_blocks_and_nothing_else() {
+        let config = Config::preset("param-tiny").unwrap();
+        let [adamw, muon] = [Recipe::AdamW, Recipe::Recommended].map(|r| step_of(&r.settings(&config, 10), &config));
+        for (i, spec) in muon.0.iter().enumerate() {
+            let is_block_matrix = matches!(spec.role, Role::Attention | Role::FeedForward | Role::Expert);
+            assert_eq!(adamw.2[i] != muon.2[i], is_block_matrix, "{}", spec.checkpoint);
+        }
+    }
+
+    #[test]
+    fn patterns_that_match_nothing_are_refused_by_name() {
+        let config = Config::preset("param-tiny").unwrap();
+        let base = Recipe::Recommended.settings(&config, 10);
+        for (settings, flag) in [
+            (Settings { lr_scale: vec![("no such".to_owned(), 1.0)], ..base.clone() }, "--lr-scale"),
+            (Settings { no_decay: vec!["(".to_owned()], ..base.clone() }, "--no-decay"),
+        ] {
+            let error = Group::all(&tensors(&config), &settings).unwrap_err().to_string();
+            assert!(error.starts_with(flag), "{error}");
+        }
+    }
 }

@@ -207,9 +207,8 @@ fn solve(mut rows: [[f64; 5]; 4]) -> Option<[f64; 4]> {
         if row[i].abs() < 1e-300 {
             return None;
         }
-        for (j, other) in rows.iter_mut().enumerate().filter(|(j, _)| *j != i) {
+        for (_, other) in rows.iter_mut().enumerate().filter(|(j, _)| *j != i) {
             let factor = other[i] / row[i];
-            debug_assert_ne!(i, j);
             other.iter_mut().zip(row).for_each(|(o, r)| *o -= factor * r);
         }
     }

@@ -38,20 +38,6 @@ pub struct About {
 impl About {
     /// Of the run in `folder`; `peak` is what the machine's operations a second can be at best.
     pub fn new(folder: &Path, config: &Config, settings: &Settings, corpus: &Corpus, peak: f64) -> Self {
-        let n_params = param_model::tensors(config).iter().map(|t| t.n_elements()).sum::<usize>();
-        let moe_blocks = (0..config.n_layer).filter(|&block| config.is_moe(block)).collect::<Vec<_>>();
-        let experts = match moe_blocks.len() {
-            0 => "dense".to_owned(),
-            n => format!("{n} of them with {} experts, top-{}", config.n_expert, config.n_expert_used),
-        };
-        let summary = format!(
-            "{} parameters, {} blocks ({experts}), width {}, context {}, vocabulary {}",
-            grouped(n_params as u64),
-            config.n_layer,
-            config.n_embd,
-            config.n_ctx,
-            grouped(config.n_vocab as u64),
-        );
         let datasets = corpus.train.datasets();
         let sources = datasets.iter().flat_map(|set| &set.part.shard().index().recipe.sources).collect::<Vec<_>>();
         let mut files = sources.iter().take(MAX_NAMED).map(|s| s.path.display().to_string()).collect::<Vec<_>>();
@@ -72,16 +58,33 @@ impl About {
         let json = serde_json::to_string(settings).expect("settings always serialise");
         Self {
             name: folder.file_name().unwrap_or(folder.as_os_str()).to_string_lossy().into_owned(),
-            summary,
+            summary: summary(config),
             model: flat(&config.to_json()),
             data,
             settings: flat(&json),
-            moe_blocks,
+            moe_blocks: config.moe_blocks().collect(),
             n_expert: config.n_expert,
             total: settings.schedule.total,
             clip: f64::from(settings.clip),
         }
     }
+}
+
+/// A model in a line.
+pub fn summary(config: &Config) -> String {
+    let n_params = param_model::tensors(config).iter().map(|t| t.n_elements()).sum::<usize>();
+    let experts = match config.n_moe() {
+        0 => "dense".to_owned(),
+        n => format!("{n} of them with {} experts, top-{}", config.n_expert, config.n_expert_used),
+    };
+    format!(
+        "{} parameters: {} blocks ({experts}), width {}, context {}, vocabulary {}",
+        grouped(n_params as u64),
+        config.n_layer,
+        config.n_embd,
+        config.n_ctx,
+        grouped(config.n_vocab as u64),
+    )
 }
 
 /// The leaves of a JSON text, each with the keys that lead to it.

@@ -21,7 +21,7 @@ use param_model::atomic::write_file;
 use crate::error::Error;
 use crate::metrics::{Kind, METRICS_FILE, read_line};
 
-pub use about::About;
+pub use about::{About, summary};
 pub use events::EVENTS_FOLDER;
 use events::EventFile;
 use history::History;
