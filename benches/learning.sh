@@ -5,7 +5,7 @@
 #   benches/learning.sh tokens TEXT PRESET                 tokens that the default recipe needs for the loss that AdamW alone ends with
 #   benches/learning.sh reference JSONL VENV/bin/python    200 steps of --recipe reference beside PyTorch, the same batches and weights, noise off
 #
-# SEEDS="1 2 3" says which seeds, THREADS how many threads. Runs go to runs/learning. Needs jq.
+# SEEDS="1 2 3" says which seeds, THREADS how many threads; for tokens, STEPS how long AdamW trains and ADAMW_LR at what rate. Runs go to runs/learning. Needs jq.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -54,15 +54,16 @@ characters)
     ;;
 tokens)
     preset=${3:?tokens needs a preset}
+    total=${STEPS:-1200}
     for seed in "${seeds[@]}"; do
-        common=(--data "$text" --preset "$preset" --seed "$seed" --steps "${STEPS:-1200}")
-        adamw=$(train "tokens-adamw-$seed" "${common[@]}" --optimizer adamw ${ADAMW_LR:+--lr "$ADAMW_LR"})
+        common=(--data "$text" --preset "$preset" --seed "$seed")
+        adamw=$(train "tokens-adamw-$seed" "${common[@]}" --steps "$total" --optimizer adamw ${ADAMW_LR:+--lr "$ADAMW_LR"})
         final=$(jq -s 'map(select(.eval_loss)) | last.eval_loss' "$adamw/metrics.jsonl")
         needed=$(jq -s 'map(select(.ce)) | last.n_target' "$adamw/metrics.jsonl")
         echo "AdamW          seed $seed  loss $final after $needed tokens"
         # A shorter run ends lower than a longer one was at that step: the shortest whole run that gets there counts.
         for percent in 30 40 50 60 70 80 90 100; do
-            steps=$((${STEPS:-1200} * percent / 100))
+            steps=$((total * percent / 100))
             ours=$(train "tokens-ours-$seed" "${common[@]}" --steps "$steps" --eval-every "$steps")
             loss=$(jq -s 'map(select(.eval_loss)) | last.eval_loss' "$ours/metrics.jsonl")
             echo "default recipe seed $seed  loss $loss after $percent% of the tokens"
