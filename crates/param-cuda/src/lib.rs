@@ -6,10 +6,12 @@ mod gpu;
 mod kernel;
 mod memory;
 pub mod model;
+mod planes;
 mod stream;
 
 pub use error::{Error, NoGpu, Result};
 pub use gpu::{Gpu, open};
 pub use kernel::{Arg, Grid, IntoArg, Kernel, Module};
 pub use memory::{Buffer, Pinned};
+pub use planes::Planes;
 pub use stream::{Event, Graph, Stream};
