@@ -29,8 +29,8 @@ impl Format {
     /// Where the parts of a stored block lie that belong to one plane each, in the order of the planes.
     fn parts(self) -> &'static [std::ops::Range<usize>] {
         match self {
-            Format::F32 => &[0..4],
-            Format::F16 | Format::Bf16 => &[0..2],
+            // One plane, written row by row.
+            Format::F32 | Format::F16 | Format::Bf16 => &[],
             Format::Q8_0 => &[2..34, 0..2],
             Format::Q4K => &[16..144, 0..16],
             Format::Q6K => &[0..128, 128..192, 192..208, 208..210],
