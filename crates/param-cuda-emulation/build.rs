@@ -18,7 +18,7 @@ fn build() -> Result<(), String> {
     let root = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let out = PathBuf::from(variable("OUT_DIR")?);
     let cpp = root.join("cpp");
-    let kernels = root.join("../param-cuda/kernels");
+    let kernels = root.with_file_name("param-cuda").join("kernels");
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=src/source.rs");
     println!("cargo:rerun-if-changed={}", cpp.display());

@@ -11,7 +11,7 @@
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
 #define __align__(n) alignas(n)
-#define DEVICE [[maybe_unused]] static inline
+#define DEVICE inline
 #define KERNEL __param_kernel__ extern "C"
 #define DYNAMIC_SHARED(type, name) type* name = (type*)emulation::dynamic_shared()
 // Of the call: the last of the parameters, so that whoever calls leaves them out.
@@ -198,6 +198,7 @@ template <class T, class U, class V> DEVICE T atomicCAS(T* p, U expected, V v) {
 
 // device.cuh
 DEVICE u16 to_f16(float x) { return emulation::round_f16(fminf(fmaxf(x, -65504.0f), 65504.0f)); }
+DEVICE u32 pack_f16(float low, float high) { return emulation::round_f16(low) | (u32)emulation::round_f16(high) << 16; }
 DEVICE float from_f16(u16 h) { return emulation::from_f16(h); }
 DEVICE u16 to_bf16(float x) {
     u32 u = __float_as_uint(x);

@@ -149,7 +149,7 @@ fn try_variant(asked: &Path, edit: &dyn Fn(&str) -> String, sanitize: bool) -> R
     static N: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
     let n = N.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let (cpp, kernels) = (root.join("cpp"), root.join("../param-cuda/kernels"));
+    let (cpp, kernels) = (root.join("cpp"), root.with_file_name("param-cuda").join("kernels"));
     let folder = Path::new(OUT).join(format!("variant-{}-{n}", std::process::id()));
     std::fs::create_dir_all(&folder).map_err(|e| e.to_string())?;
     let own = kernels.join(asked);
