@@ -52,4 +52,11 @@ struct Model {
     u32 unused;
 };
 
-// Keys and values of a sequence: [n_layer, 2, n_head, n_ctx, head_dim], keys first, f16 or f32. `n_ctx` is the cache's, not the model's.
+// Keys and values of all sequences: [n_sequence] of `stride` bytes, each [n_layer, 2, n_head, n_ctx, head_dim], keys first, in f32 where
+// the model says so, else f16.
+struct Caches {
+    u8* data;
+    u64 stride;
+    u32 n_ctx;  // positions that a sequence can hold, at most the model's
+    u32 n_sequence;
+};

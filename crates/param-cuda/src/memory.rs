@@ -1,0 +1,226 @@
+//! Memory on the GPU, and pinned memory of the host that copies to and from it can run beside.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use cudarc::driver::{result, sys};
+
+use crate::error::{Named, Result};
+use crate::gpu::Gpu;
+use crate::stream::Stream;
+
+/// `len` elements in the GPU's memory; freed when dropped.
+#[derive(Debug)]
+pub struct Buffer<T> {
+    gpu: Arc<Gpu>,
+    address: sys::CUdeviceptr,
+    len: usize,
+    element: PhantomData<T>,
+}
+
+impl Gpu {
+    /// `n` zeros. `what` names them where memory runs out.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`], [`crate::Error::Call`].
+    pub fn alloc<T: Pod>(self: &Arc<Self>, what: &'static str, n: usize) -> Result<Buffer<T>> {
+        self.bind()?;
+        let bytes = n.saturating_mul(size_of::<T>());
+        // The driver refuses an allocation of nothing.
+        // SAFETY: the context is current; whatever the memory holds is overwritten next.
+        let address = unsafe { result::malloc_sync(bytes.max(1)) }
+            .named("cuMemAlloc")
+            .map_err(|error| self.refused(what, bytes, error))?;
+        let buffer = Buffer { gpu: Arc::clone(self), address, len: n, element: PhantomData };
+        // SAFETY: within the allocation. On the default stream, which this waits for.
+        unsafe { result::memset_d8_async(address, 0, bytes, Stream::DEFAULT) }.named("cuMemsetD8Async")?;
+        // SAFETY: the default stream always exists.
+        unsafe { result::stream::synchronize(Stream::DEFAULT) }.named("cuStreamSynchronize")?;
+        Ok(buffer)
+    }
+
+    /// A copy of `data`.
+    ///
+    /// # Errors
+    /// As [`Gpu::alloc`].
+    pub fn upload<T: Pod>(self: &Arc<Self>, what: &'static str, data: &[T]) -> Result<Buffer<T>> {
+        let mut buffer = self.alloc(what, data.len())?;
+        buffer.write(0, data)?;
+        Ok(buffer)
+    }
+
+    /// `n` zeros in the host's memory that the GPU can reach while the host goes on.
+    ///
+    /// # Errors
+    /// As [`Gpu::alloc`].
+    pub fn pinned<T: Pod>(self: &Arc<Self>, what: &'static str, n: usize) -> Result<Pinned<T>> {
+        self.bind()?;
+        let bytes = n.saturating_mul(size_of::<T>());
+        let mut address = std::ptr::null_mut();
+        // SAFETY: a valid pointer to write to; a failure is an error below.
+        unsafe { sys::cuMemAllocHost_v2(&raw mut address, bytes.max(1)) }
+            .result()
+            .named("cuMemAllocHost")
+            .map_err(|error| self.refused(what, bytes, error))?;
+        let address = address.cast::<T>();
+        // SAFETY: freshly allocated, page-aligned, of this size.
+        unsafe { address.write_bytes(0, n) };
+        Ok(Pinned { gpu: Arc::clone(self), address, len: n })
+    }
+}
+
+impl<T> Buffer<T> {
+    /// Elements.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where it starts on the GPU.
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+}
+
+impl<T: Pod> Buffer<T> {
+    /// Copies `data` to the elements from `at` on, after what the GPU was given before.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`].
+    ///
+    /// # Panics
+    /// Beyond the end.
+    pub fn write(&mut self, at: usize, data: &[T]) -> Result<()> {
+        assert!(at <= self.len && data.len() <= self.len - at, "{} elements at {at} of {}", data.len(), self.len);
+        self.gpu.bind()?;
+        let address = self.address + (at * size_of::<T>()) as u64;
+        // SAFETY: checked to lie inside; `data` outlives the copy, which is waited for.
+        unsafe { result::memcpy_htod_async(address, data, Stream::DEFAULT) }.named("cuMemcpyHtoDAsync")?;
+        // SAFETY: the default stream always exists.
+        unsafe { result::stream::synchronize(Stream::DEFAULT) }.named("cuStreamSynchronize")
+    }
+
+    /// Copies the elements from `at` on into `out`, after what the GPU was given before.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`]: also where a kernel that ran before has failed.
+    ///
+    /// # Panics
+    /// Beyond the end.
+    pub fn read(&self, at: usize, out: &mut [T]) -> Result<()> {
+        assert!(at <= self.len && out.len() <= self.len - at, "{} elements at {at} of {}", out.len(), self.len);
+        self.gpu.bind()?;
+        let address = self.address + (at * size_of::<T>()) as u64;
+        // SAFETY: checked to lie inside; `out` outlives the copy, which is waited for.
+        unsafe { result::memcpy_dtoh_async(out, address, Stream::DEFAULT) }.named("cuMemcpyDtoHAsync")?;
+        // SAFETY: the default stream always exists.
+        unsafe { result::stream::synchronize(Stream::DEFAULT) }.named("cuStreamSynchronize")
+    }
+
+    /// All of it.
+    ///
+    /// # Errors
+    /// As [`Buffer::read`].
+    pub fn to_vec(&self) -> Result<Vec<T>> {
+        let mut out = vec![T::zeroed(); self.len];
+        self.read(0, &mut out)?;
+        Ok(out)
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `Gpu::alloc`; the driver waits for kernels that use it. Nothing can be done about a failure.
+        let _ = self.gpu.bind().map(|()| unsafe { result::free_sync(self.address) });
+    }
+}
+
+/// `len` elements of pinned memory on the host.
+#[derive(Debug)]
+pub struct Pinned<T> {
+    gpu: Arc<Gpu>,
+    address: *mut T,
+    len: usize,
+}
+
+// SAFETY: it owns its memory as a `Vec` does.
+unsafe impl<T: Send> Send for Pinned<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for Pinned<T> {}
+
+impl<T> std::ops::Deref for Pinned<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: allocated with this length and zeroed.
+        unsafe { std::slice::from_raw_parts(self.address, self.len) }
+    }
+}
+
+impl<T> std::ops::DerefMut for Pinned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.len) }
+    }
+}
+
+impl<T> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        // SAFETY: allocated by `Gpu::pinned`.
+        let _ = self.gpu.bind().map(|()| unsafe { result::free_host(self.address.cast()) });
+    }
+}
+
+impl Stream {
+    /// Queues a copy of `from`'s elements from `at` on to `to`, which the caller reads once the stream has come that far.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`].
+    ///
+    /// # Panics
+    /// Beyond either's end.
+    ///
+    /// # Safety
+    /// Both must live, and `to` be left alone, until the stream has been waited for.
+    pub unsafe fn read_later<T: Pod>(&self, from: &Buffer<T>, at: usize, to: &mut Pinned<T>) -> Result<()> {
+        assert!(at <= from.len && to.len <= from.len - at, "{} elements at {at} of {}", to.len, from.len);
+        self.gpu().bind()?;
+        let address = from.address + (at * size_of::<T>()) as u64;
+        // SAFETY: checked to lie inside; lifetimes are the caller's promise.
+        unsafe { result::memcpy_dtoh_async(to, address, self.raw()) }.named("cuMemcpyDtoHAsync")
+    }
+
+    /// Queues a copy of `from` to the elements of `to` from `at` on.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`].
+    ///
+    /// # Panics
+    /// Beyond `to`'s end.
+    ///
+    /// # Safety
+    /// Both must live, and `from` be left alone, until the stream has been waited for.
+    pub unsafe fn write_later<T: Pod>(&self, from: &Pinned<T>, to: &Buffer<T>, at: usize) -> Result<()> {
+        assert!(at <= to.len && from.len <= to.len - at, "{} elements at {at} of {}", from.len, to.len);
+        self.gpu().bind()?;
+        let address = to.address + (at * size_of::<T>()) as u64;
+        // SAFETY: checked to lie inside; lifetimes are the caller's promise.
+        unsafe { result::memcpy_htod_async(address, from, self.raw()) }.named("cuMemcpyHtoDAsync")
+    }
+
+    /// Queues zeroing all of `buffer`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`].
+    pub fn zero<T: Pod>(&self, buffer: &mut Buffer<T>) -> Result<()> {
+        self.gpu().bind()?;
+        let bytes = buffer.len * size_of::<T>();
+        // SAFETY: the whole allocation; freeing it waits for the GPU.
+        unsafe { result::memset_d8_async(buffer.address, 0, bytes, self.raw()) }.named("cuMemsetD8Async")
+    }
+}
