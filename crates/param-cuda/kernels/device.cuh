@@ -62,12 +62,6 @@ DEVICE u32 and_or(u32 a, u32 mask, u32 magic) {
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(magic));
     return d;
 }
-// Byte i of the result is the one of a's and b's eight bytes that nibble i of `selector` names, a's four first.
-DEVICE u32 byte_permute(u32 a, u32 b, u32 selector) {
-    u32 d;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
-    return d;
-}
 // Two numbers to f16 in one instruction, `low` in the low half; beyond the range of f16 infinite.
 DEVICE u32 pack_f16(float low, float high) {
     u32 d;

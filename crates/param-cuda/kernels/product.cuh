@@ -20,8 +20,8 @@ template <> struct Raw<FORMAT_Q4_K> { static const u32 bytes = 32 + 16; };
 template <> struct Raw<FORMAT_Q6_K> { static const u32 bytes = 64 + 32 + 16 + 16; };
 
 // Two bytes of `w` (0 and 1, or 2 and 3) as f16 of 1024 + the byte: the byte is the mantissa's low end.
-DEVICE u32 bytes01(u32 w) { return byte_permute(w, 0x64646464u, 0x4140); }
-DEVICE u32 bytes23(u32 w) { return byte_permute(w, 0x64646464u, 0x4342); }
+DEVICE u32 bytes01(u32 w) { return __byte_perm(w, 0x64646464u, 0x4140); }
+DEVICE u32 bytes23(u32 w) { return __byte_perm(w, 0x64646464u, 0x4342); }
 DEVICE u32 twice(u16 h) { return (u32)h | (u32)h << 16; }
 
 #define F16_1024 0x64006400u // 1024

@@ -19,7 +19,7 @@ struct Product {
     const float* weights;   // [n_row] by entry, or null
     const u32* slots;       // [n_row]
     const u32* positions;   // [n_row]
-    const u64* caches;      // [n_slot] addresses
+    Caches caches;
     u32 input_stride;
     u32 output_stride;
     u32 n_row;              // entries where there is a list
@@ -35,9 +35,7 @@ struct Product {
     u32 layer;
     u32 n_head;
     u32 head_dim;
-    u32 n_ctx;
     u32 cache_f32;
-    u32 unused;
 };
 
 struct Rows {
@@ -75,7 +73,7 @@ struct OutputRow {
     u8* to;            // where element 0 of the row lies; null: nowhere
     const float* bias; // or null
     float factor;
-    u32 cache;         // 1: a head's elements are n_ctx * head_dim apart from the next head's
+    u32 cache;         // 1: heads lie n_ctx * head_dim elements apart
 };
 
 DEVICE OutputRow find_output_row(const Product& p, const Matrix& matrix, u32 which, u32 split, u32 expert, u32 r) {
@@ -96,8 +94,8 @@ DEVICE OutputRow find_output_row(const Product& p, const Matrix& matrix, u32 whi
         out.cache = 1;
         out.to = 0;
         if (slot != NO_SLOT) {
-            u64 at = ((u64)(p.layer * 2 + which + p.first_matrix - 1) * p.n_head * p.n_ctx + p.positions[r]) * p.head_dim;
-            out.to = (u8*)p.caches[slot] + at * (p.cache_f32 ? 4 : 2);
+            u64 at = ((u64)(p.layer * 2 + which + p.first_matrix - 1) * p.n_head * p.caches.n_ctx + p.positions[r]) * p.head_dim;
+            out.to = p.caches.data + slot * p.caches.stride + at * (p.cache_f32 ? 4 : 2);
         }
     }
     return out;
@@ -129,7 +127,7 @@ DEVICE void store_pair(const Product& p, const Matrix& matrix, const OutputRow& 
     if (n >= n_out) return;
     if (out.cache) {
         // head_dim is even, so that a pair lies in one head.
-        u64 at = (u64)(n / p.head_dim) * p.n_ctx * p.head_dim + n % p.head_dim;
+        u64 at = (u64)(n / p.head_dim) * p.caches.n_ctx * p.head_dim + n % p.head_dim;
         if (p.cache_f32) *(float2*)(out.to + at * 4) = make_float2(a, b);
         else *(u32*)(out.to + at * 2) = (u32)to_f16(a) | (u32)to_f16(b) << 16;
         return;
