@@ -3,6 +3,7 @@
 #include "model.cuh"
 
 #define NO_SLOT 0xffffffffu
+#define LEAST -3.0e38f // the score of a key that does not count, below what a maximum begins with
 enum Element { ELEMENT_F32, ELEMENT_F16, ELEMENT_BF16 };
 
 // Rows of one sequence at consecutive positions.

@@ -65,7 +65,7 @@ template <int LANES, bool F32> DEVICE void attend(const AttentionArgs& p) {
             for (u32 i = 0; i < 8; i++) dot += q[i] * k[i];
 #pragma unroll
             for (int d = LANES / 2; d > 0; d /= 2) dot += __shfl_xor_sync(FULL, dot, d);
-            score[a] = key < n_key ? dot : -INFINITY;
+            score[a] = key < n_key ? dot : LEAST;
             now = fmaxf(now, score[a]);
         }
         float shrink = exp2_fast(most - now);

@@ -20,6 +20,11 @@ template <int HEAD_DIM> DEVICE void attend(const AttentionArgs& p) {
     u8* vals = shared + 3 * tile_bytes;
     Span span = p.spans[blockIdx.x];
     u32 head = blockIdx.y, thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
+    if (span.slot == NO_SLOT) {
+        for (u32 i = thread; i < span.n_row * HEAD_DIM; i += 128)
+            store_element(p, (u64)(span.row + i / HEAD_DIM) * p.stride + head * HEAD_DIM + i % HEAD_DIM, 0.0f);
+        return;
+    }
     const u8* cache = p.caches.data + span.slot * p.caches.stride;
     const u8* key_begin = cache + head_begin(p, 0, head) * 2;
     const u8* val_begin = cache + head_begin(p, 1, head) * 2;
@@ -100,7 +105,7 @@ template <int HEAD_DIM> DEVICE void attend(const AttentionArgs& p) {
 #pragma unroll
                 for (u32 e = 0; e < 4; e++) {
                     u32 key = t * KEYS + j * 8 + lane % 4 * 2 + e % 2;
-                    if (key > position + e / 2 * 8) score[j][e] = -INFINITY;
+                    if (key > position + e / 2 * 8) score[j][e] = LEAST;
                 }
         }
 #pragma unroll

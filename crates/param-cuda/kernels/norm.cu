@@ -6,6 +6,7 @@
 #define NO_SLOT 0xffffffffu
 #define THREADS 128
 #define MAX_EXPERT 256
+#define LEAST -3.0e38f
 
 // The same structure as in src/prefill/norm.rs.
 struct NormArgs {
@@ -103,12 +104,12 @@ KERNEL void __launch_bounds__(THREADS) layer_norm(NormArgs p) {
     u32 taken = 0;
     float greatest = 0.0f, total = 0.0f, mine = 0.0f;
     for (u32 c = 0; c < p.n_used; c++) {
-        float best = -INFINITY;
+        float best = LEAST;
         u32 index = 0xffffffffu;
         for (u32 e = lane, i = 0; e < p.n_expert; e += WARP, i++) {
             if (taken >> i & 1) continue;
             float score = logits[e] + (p.selection_bias ? p.selection_bias[e] : 0.0f);
-            if (!(score > -INFINITY)) score = -INFINITY; // NaN too, so that something is chosen
+            if (!(score > LEAST)) score = LEAST; // NaN too, so that something is chosen
             if (index == 0xffffffffu || score > best) {
                 best = score;
                 index = e;

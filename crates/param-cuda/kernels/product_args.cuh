@@ -6,7 +6,6 @@
 // ACTIVATED: through the activation, rows in their order. QKV: queries to `output` in f32, keys and values to the row's cache.
 enum Output { OUTPUT_PARTIAL, OUTPUT_ACTIVATED, OUTPUT_QKV };
 enum Element { ELEMENT_F32, ELEMENT_F16, ELEMENT_BF16 };
-#define NO_ACTIVATION 2
 #define NO_SLOT 0xffffffffu // a row that pads a batch: computed, and written nowhere
 
 // The same structure as in src/prefill/product.rs.
@@ -102,7 +101,7 @@ DEVICE OutputRow find_output_row(const Product& p, const Matrix& matrix, u32 whi
 }
 
 DEVICE float activated(float x, u32 activation) {
-    return activation == GELU_ERF ? gelu_erf(x) : activation == GELU_TANH ? gelu_tanh(x) : x;
+    return activation == GELU_ERF ? gelu_erf(x) : gelu_tanh(x);
 }
 
 // Elements n and n + 1, n even, of a row.
