@@ -29,136 +29,137 @@ DEVICE u32 twice(u16 h) { return (u32)h | (u32)h << 16; }
 #define F16_1056 0x64206420u // 1024 + 32
 
 // What a thread copies of W: two threads a row, `half` 0 and 1.
-template <int FORMAT> struct Weights {
+struct Weights {
     const u8* data;
     u64 matrix_bytes;
     u32 n_row, n_col, row, half;
-
-    // The 16 bytes at a multiple of 16 around `at`, as far as the matrix has them.
-    DEVICE void copy_around(u8* to, u64 at) const {
-        u64 from = at & ~(u64)15;
-        u64 left = matrix_bytes - from;
-        copy_async(to, data + from, left < 16 ? (int)left : 16);
-    }
-
-    // Tile `k` (in columns) into `tile` where W is copied as it is, or into `raw`.
-    template <int BN> DEVICE void copy(u8* tile, u8* raw, u32 n_in_block, u32 k) const {
-        if (FORMAT == FORMAT_F16 || FORMAT == FORMAT_BF16) {
-            const u8* from = data + ((u64)row * n_col + k) * 2;
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) {
-                u32 chunk = half + 2 * i;
-                bool in = k + chunk * 8 < n_col;
-                copy_async(tile + swizzled(n_in_block, chunk), in ? from + chunk * 16 : data, in ? 16 : 0);
-            }
-        } else if (FORMAT == FORMAT_Q8_0) {
-            // A half takes one block of 32 elements with its scale.
-            bool in = k + half * 32 < n_col;
-            u64 at = (u64)row * n_col + k + half * 32;
-            const u8* from = data + (in ? at : 0);
-            u8* to = raw + n_in_block * 64 + half * 32;
-            copy_async(to, from, in ? 16 : 0);
-            copy_async(to + 16, in ? from + 16 : data, in ? 16 : 0);
-            if (in) copy_around(raw + BN * 64 + (n_in_block * 2 + half) * 16, (u64)n_row * n_col + (at >> 5) * 2);
-        } else if (FORMAT == FORMAT_Q4_K) {
-            copy_async(raw + n_in_block * 32 + half * 16, data + (((u64)row * n_col + k) >> 1) + half * 16);
-            if (half == 0) {
-                u64 heads = (u64)n_row * n_col >> 1;
-                copy_async(raw + BN * 32 + n_in_block * 16, data + heads + (((u64)row * n_col + k) >> 8) * 16);
-            }
-        } else if (FORMAT == FORMAT_Q6_K) {
-            // 64 bytes of low bits and 32 of high bits hold 128 elements: both tiles of 64 read them.
-            u64 at = (u64)row * n_col + (k & ~127u), all = (u64)n_row * n_col;
-            u8* low = raw + n_in_block * 64 + half * 32;
-            copy_async(low, data + (at >> 1) + half * 32);
-            copy_async(low + 16, data + (at >> 1) + half * 32 + 16);
-            copy_async(raw + BN * 64 + n_in_block * 32 + half * 16, data + (all >> 1) + (at >> 2) + half * 16);
-            u64 scales = (all >> 1) + (all >> 2);
-            if (half == 0) copy_async(raw + BN * 96 + n_in_block * 16, data + scales + (at >> 8) * 16);
-            else copy_around(raw + BN * 112 + n_in_block * 16, scales + (all >> 4) + (at >> 8) * 2);
-        }
-    }
-
-    // A thread's 32 elements of the tile that begins at column k, from `raw` to f16 in `tile`. The order in which a thread goes through
-    // its parts differs between neighbours so that eight of them write to different banks.
-    template <int BN> DEVICE void unpack(u8* tile, const u8* raw, u32 n_in_block, u32 k) const {
-        if (FORMAT == FORMAT_Q8_0) {
-            u16 scale = 0;
-            if (k + half * 32 < n_col) {
-                u64 at = (u64)n_row * n_col + (((u64)row * n_col + k) >> 5) * 2 + half * 2;
-                scale = *(const u16*)(raw + BN * 64 + (n_in_block * 2 + half) * 16 + (at & 15));
-            }
-            u32 s = twice(scale);
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                u32 part = half * 2 + (i ^ (n_in_block >> 1 & 1));
-                int4 q = *(const int4*)(raw + n_in_block * 64 + part * 16);
-                u32 w[4] = {(u32)q.x ^ 0x80808080u, (u32)q.y ^ 0x80808080u, (u32)q.z ^ 0x80808080u, (u32)q.w ^ 0x80808080u};
-#pragma unroll
-                for (u32 j = 0; j < 2; j++) {
-                    int4 v;
-                    v.x = f16x2_mul(f16x2_sub(bytes01(w[2 * j]), F16_1152), s);
-                    v.y = f16x2_mul(f16x2_sub(bytes23(w[2 * j]), F16_1152), s);
-                    v.z = f16x2_mul(f16x2_sub(bytes01(w[2 * j + 1]), F16_1152), s);
-                    v.w = f16x2_mul(f16x2_sub(bytes23(w[2 * j + 1]), F16_1152), s);
-                    *(int4*)(tile + swizzled(n_in_block, part * 2 + j)) = v;
-                }
-            }
-        } else if (FORMAT == FORMAT_Q4_K) {
-            int4 q = *(const int4*)(raw + n_in_block * 32 + half * 16);
-            int4 head = *(const int4*)(raw + BN * 32 + n_in_block * 16);
-            float d = from_f16((u16)(u32)head.x), dmin = from_f16((u16)((u32)head.x >> 16));
-            u32 w[4] = {(u32)q.x, (u32)q.y, (u32)q.z, (u32)q.w};
-            u32 group = k >> 6 & 3;
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                u32 high = i ^ half;
-                u32 sub = group * 2 + high, shift = (sub & 3) * 8;
-                u32 a = (u32)head.y >> shift, b = (u32)head.z >> shift, c = (u32)head.w >> shift;
-                bool late = sub >= 4;
-                u32 scale = late ? (c & 15) | (a >> 2 & 48) : a & 63;
-                u32 least = late ? (c >> 4 & 15) | (b >> 2 & 48) : b & 63;
-                u32 s = twice(to_f16(d * (float)scale)), m = twice(to_f16(-dmin * (float)least));
-#pragma unroll
-                for (u32 j = 0; j < 2; j++) {
-                    u32 x = w[2 * j] >> 4 * high & 0x0f0f0f0fu, y = w[2 * j + 1] >> 4 * high & 0x0f0f0f0fu;
-                    int4 v;
-                    v.x = f16x2_fma(f16x2_sub(bytes01(x), F16_1024), s, m);
-                    v.y = f16x2_fma(f16x2_sub(bytes23(x), F16_1024), s, m);
-                    v.z = f16x2_fma(f16x2_sub(bytes01(y), F16_1024), s, m);
-                    v.w = f16x2_fma(f16x2_sub(bytes23(y), F16_1024), s, m);
-                    *(int4*)(tile + swizzled(n_in_block, high * 4 + half * 2 + j)) = v;
-                }
-            }
-        } else if (FORMAT == FORMAT_Q6_K) {
-            u64 at = (u64)row * n_col + (k & ~127u), all = (u64)n_row * n_col;
-            u64 d_at = (all >> 1) + (all >> 2) + (all >> 4) + (at >> 8) * 2;
-            float d = from_f16(*(const u16*)(raw + BN * 112 + n_in_block * 16 + (d_at & 15)));
-            u32 second = k >> 6 & 1; // of the two tiles that share their bytes
-            u32 low_shift = 4 * second, high_shift = 4 * second + 2 * half;
-            const i8* scales = (const i8*)(raw + BN * 96 + n_in_block * 16) + (k >> 4 & 15) + half * 2;
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                u32 part = i ^ (n_in_block >> 1 & 1);
-                int4 ql = *(const int4*)(raw + n_in_block * 64 + half * 32 + part * 16);
-                int4 qh = *(const int4*)(raw + BN * 64 + n_in_block * 32 + part * 16);
-                u32 s = twice(to_f16(d * (float)scales[part]));
-                u32 w[4] = {(u32)ql.x, (u32)ql.y, (u32)ql.z, (u32)ql.w}, h[4] = {(u32)qh.x, (u32)qh.y, (u32)qh.z, (u32)qh.w};
-#pragma unroll
-                for (u32 j = 0; j < 4; j++) w[j] = and_or(w[j] >> low_shift, 0x0f0f0f0fu, (h[j] >> high_shift & 0x03030303u) << 4);
-#pragma unroll
-                for (u32 j = 0; j < 2; j++) {
-                    int4 v;
-                    v.x = f16x2_mul(f16x2_sub(bytes01(w[2 * j]), F16_1056), s);
-                    v.y = f16x2_mul(f16x2_sub(bytes23(w[2 * j]), F16_1056), s);
-                    v.z = f16x2_mul(f16x2_sub(bytes01(w[2 * j + 1]), F16_1056), s);
-                    v.w = f16x2_mul(f16x2_sub(bytes23(w[2 * j + 1]), F16_1056), s);
-                    *(int4*)(tile + swizzled(n_in_block, half * 4 + part * 2 + j)) = v;
-                }
-            }
-        }
-    }
 };
+
+// The 16 bytes at a multiple of 16 around `at`, as far as the matrix has them.
+DEVICE void copy_around(const Weights& w, u8* to, u64 at) {
+    u64 from = at & ~(u64)15;
+    u64 left = w.matrix_bytes - from;
+    copy_async(to, w.data + from, left < 16 ? (int)left : 16);
+}
+
+// Tile `k` (in columns) into `tile` where W is copied as it is, or into `raw`.
+template <int FORMAT, int BN> DEVICE void copy_weights(const Weights& w, u8* tile, u8* raw, u32 n_in_block, u32 k) {
+    const u8* data = w.data;
+    u32 n_row = w.n_row, n_col = w.n_col, row = w.row, half = w.half;
+    if (FORMAT == FORMAT_F16 || FORMAT == FORMAT_BF16) {
+        const u8* from = data + ((u64)row * n_col + k) * 2;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            u32 chunk = half + 2 * i;
+            bool in = k + chunk * 8 < n_col;
+            copy_async(tile + swizzled(n_in_block, chunk), in ? from + chunk * 16 : data, in ? 16 : 0);
+        }
+    } else if (FORMAT == FORMAT_Q8_0) {
+        // A half takes one block of 32 elements with its scale.
+        bool in = k + half * 32 < n_col;
+        u64 at = (u64)row * n_col + k + half * 32;
+        const u8* from = data + (in ? at : 0);
+        u8* to = raw + (n_in_block * 2 + half) * 16;
+        copy_async(to, from, in ? 16 : 0);
+        copy_async(to + BN * 32, in ? from + 16 : data, in ? 16 : 0);
+        if (in) copy_around(w, raw + BN * 64 + (n_in_block * 2 + half) * 16, (u64)n_row * n_col + (at >> 5) * 2);
+    } else if (FORMAT == FORMAT_Q4_K) {
+        copy_async(raw + n_in_block * 32 + half * 16, data + (((u64)row * n_col + k) >> 1) + half * 16);
+        if (half == 0) {
+            u64 heads = (u64)n_row * n_col >> 1;
+            copy_async(raw + BN * 32 + n_in_block * 16, data + heads + (((u64)row * n_col + k) >> 8) * 16);
+        }
+    } else if (FORMAT == FORMAT_Q6_K) {
+        // 64 bytes of low bits and 32 of high bits hold 128 elements: both tiles of 64 read them.
+        u64 at = (u64)row * n_col + (k & ~127u), all = (u64)n_row * n_col;
+        u8* low = raw + (n_in_block * 2 + half) * 16;
+        copy_async(low, data + (at >> 1) + half * 32);
+        copy_async(low + BN * 32, data + (at >> 1) + half * 32 + 16);
+        copy_async(raw + BN * 64 + n_in_block * 32 + half * 16, data + (all >> 1) + (at >> 2) + half * 16);
+        u64 scales = (all >> 1) + (all >> 2);
+        if (half == 0) copy_async(raw + BN * 96 + n_in_block * 16, data + scales + (at >> 8) * 16);
+        else copy_around(w, raw + BN * 112 + n_in_block * 16, scales + (all >> 4) + (at >> 8) * 2);
+    }
+}
+
+// A thread's 32 elements of the tile that begins at column k, from `raw` to f16 in `tile`. Eight neighbours read and write different
+// banks: four rows, and chunks of the tile that are four apart.
+template <int FORMAT, int BN> DEVICE void unpack_weights(const Weights& w, u8* tile, const u8* raw, u32 n_in_block, u32 k) {
+    u32 n_row = w.n_row, n_col = w.n_col, row = w.row, half = w.half;
+    if (FORMAT == FORMAT_Q8_0) {
+        u16 scale = 0;
+        if (k + half * 32 < n_col) {
+            u64 at = (u64)n_row * n_col + (((u64)row * n_col + k) >> 5) * 2 + half * 2;
+            scale = *(const u16*)(raw + BN * 64 + (n_in_block * 2 + half) * 16 + (at & 15));
+        }
+        u32 s = twice(scale);
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            int4 q = *(const int4*)(raw + i * BN * 32 + (n_in_block * 2 + half) * 16);
+            u32 words[4] = {(u32)q.x ^ 0x80808080u, (u32)q.y ^ 0x80808080u, (u32)q.z ^ 0x80808080u, (u32)q.w ^ 0x80808080u};
+#pragma unroll
+            for (u32 j = 0; j < 2; j++) {
+                int4 v;
+                v.x = f16x2_mul(f16x2_sub(bytes01(words[2 * j]), F16_1152), s);
+                v.y = f16x2_mul(f16x2_sub(bytes23(words[2 * j]), F16_1152), s);
+                v.z = f16x2_mul(f16x2_sub(bytes01(words[2 * j + 1]), F16_1152), s);
+                v.w = f16x2_mul(f16x2_sub(bytes23(words[2 * j + 1]), F16_1152), s);
+                *(int4*)(tile + swizzled(n_in_block, half * 4 + i * 2 + j)) = v;
+            }
+        }
+    } else if (FORMAT == FORMAT_Q4_K) {
+        int4 q = *(const int4*)(raw + n_in_block * 32 + half * 16);
+        int4 head = *(const int4*)(raw + BN * 32 + n_in_block * 16);
+        float d = from_f16((u16)(u32)head.x), dmin = from_f16((u16)((u32)head.x >> 16));
+        u32 words[4] = {(u32)q.x, (u32)q.y, (u32)q.z, (u32)q.w};
+        u32 group = k >> 6 & 3;
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            u32 high = i ^ half;
+            u32 sub = group * 2 + high, shift = (sub & 3) * 8;
+            u32 a = (u32)head.y >> shift, b = (u32)head.z >> shift, c = (u32)head.w >> shift;
+            bool late = sub >= 4;
+            u32 scale = late ? (c & 15) | (a >> 2 & 48) : a & 63;
+            u32 least = late ? (c >> 4 & 15) | (b >> 2 & 48) : b & 63;
+            u32 s = twice(to_f16(d * (float)scale)), m = twice(to_f16(-dmin * (float)least));
+#pragma unroll
+            for (u32 j = 0; j < 2; j++) {
+                u32 x = words[2 * j] >> 4 * high & 0x0f0f0f0fu, y = words[2 * j + 1] >> 4 * high & 0x0f0f0f0fu;
+                int4 v;
+                v.x = f16x2_fma(f16x2_sub(bytes01(x), F16_1024), s, m);
+                v.y = f16x2_fma(f16x2_sub(bytes23(x), F16_1024), s, m);
+                v.z = f16x2_fma(f16x2_sub(bytes01(y), F16_1024), s, m);
+                v.w = f16x2_fma(f16x2_sub(bytes23(y), F16_1024), s, m);
+                *(int4*)(tile + swizzled(n_in_block, high * 4 + half * 2 + j)) = v;
+            }
+        }
+    } else if (FORMAT == FORMAT_Q6_K) {
+        u64 at = (u64)row * n_col + (k & ~127u), all = (u64)n_row * n_col;
+        u64 d_at = (all >> 1) + (all >> 2) + (all >> 4) + (at >> 8) * 2;
+        float d = from_f16(*(const u16*)(raw + BN * 112 + n_in_block * 16 + (d_at & 15)));
+        u32 second = k >> 6 & 1; // of the two tiles that share their bytes
+        u32 low_shift = 4 * second, high_shift = 4 * second + 2 * half;
+        const i8* scales = (const i8*)(raw + BN * 96 + n_in_block * 16) + (k >> 4 & 15) + half * 2;
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            int4 ql = *(const int4*)(raw + i * BN * 32 + (n_in_block * 2 + half) * 16);
+            int4 qh = *(const int4*)(raw + BN * 64 + n_in_block * 32 + i * 16);
+            u32 s = twice(to_f16(d * (float)scales[i]));
+            u32 words[4] = {(u32)ql.x, (u32)ql.y, (u32)ql.z, (u32)ql.w}, h[4] = {(u32)qh.x, (u32)qh.y, (u32)qh.z, (u32)qh.w};
+#pragma unroll
+            for (u32 j = 0; j < 4; j++) words[j] = and_or(words[j] >> low_shift, 0x0f0f0f0fu, (h[j] >> high_shift & 0x03030303u) << 4);
+#pragma unroll
+            for (u32 j = 0; j < 2; j++) {
+                int4 v;
+                v.x = f16x2_mul(f16x2_sub(bytes01(words[2 * j]), F16_1056), s);
+                v.y = f16x2_mul(f16x2_sub(bytes23(words[2 * j]), F16_1056), s);
+                v.z = f16x2_mul(f16x2_sub(bytes01(words[2 * j + 1]), F16_1056), s);
+                v.w = f16x2_mul(f16x2_sub(bytes23(words[2 * j + 1]), F16_1056), s);
+                *(int4*)(tile + swizzled(n_in_block, half * 4 + i * 2 + j)) = v;
+            }
+        }
+    }
+}
 
 // A block of 2 BN threads, (BM / WM) (BN / WN) warps of tiles [WM, WN]; grid: tiles of columns, tiles of rows, matrices times splits.
 // Shared memory: product_shared in src/prefill/product.rs says the same sum.
@@ -178,7 +179,7 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int STAGES> DEVICE void pr
     const Matrix& matrix = which == 0 ? p.w[0] : which == 1 ? p.w[1] : p.w[2];
     u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
 
-    Weights<FORMAT> w;
+    Weights w;
     w.data = matrix.data + rows.expert * matrix.matrix_bytes;
     w.matrix_bytes = matrix.matrix_bytes;
     w.n_row = matrix.n_row;
@@ -211,13 +212,13 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int STAGES> DEVICE void pr
                 bool in = from[i] != 0 && k + chunk * 8 < last_column;
                 copy_async(a + swizzled(thread / 8 + i * (threads / 8), chunk), in ? from[i] + k * 2 : p.input, in ? 16 : 0);
             }
-            w.template copy<BN>(w_tiles + stage * w_bytes, raws + stage * raw_bytes, w_row, k);
+            copy_weights<FORMAT, BN>(w, w_tiles + stage * w_bytes, raws + stage * raw_bytes, w_row, k);
         }
         copy_async_commit();
     };
     auto unpack = [&](u32 t) {
         if (raw_format && t < n_tile)
-            w.template unpack<BN>(w_tiles + t % 2 * w_bytes, raws + t % STAGES * raw_bytes, w_row, (first_tile + t) * TILE_K);
+            unpack_weights<FORMAT, BN>(w, w_tiles + t % 2 * w_bytes, raws + t % STAGES * raw_bytes, w_row, (first_tile + t) * TILE_K);
     };
 
     const u32 n_m = WM / 16, n_n = WN / 8;

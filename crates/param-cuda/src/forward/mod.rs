@@ -17,7 +17,7 @@ use crate::model::{Block, Format, Matrix, Norm};
 use crate::stream::Stream;
 use attention::{Attention, AttentionArgs, QUERIES, Span};
 use norm::{MAX_EXPERT, MAX_USED, NormArgs};
-use product::{Element, Output, Product, Products};
+use product::{Element, MAX_SPLIT, Output, Product, Products};
 
 /// A token at a place in a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,9 +80,8 @@ pub struct Forward {
 }
 
 const WHAT: &str = "activations";
-/// Rows up to which sums are split over blocks, in up to so many parts.
+/// Rows up to which there is room for sums that are split into the most parts.
 const SPLIT_ROWS: usize = 256;
-const SPLIT_PARTS: usize = 8;
 
 impl Forward {
     /// For up to `n_row_max` rows at a time, of which up to `n_logits_max` want logits.
@@ -121,7 +120,7 @@ impl Forward {
         let h = |element: Element| {
             gpu.alloc::<u8>(WHAT, if any(element) { n_normalised * element.bytes() } else { 0 })
         };
-        let split = n_row_max.min(SPLIT_ROWS) * SPLIT_PARTS;
+        let split = n_row_max.min(SPLIT_ROWS) * MAX_SPLIT as usize;
         let module = |ptx| Module::load(gpu, ptx);
         Ok(Forward {
             products: Products::new(gpu, formats())?,
@@ -434,7 +433,7 @@ impl Forward {
             Product { input: self.attended.address(), output: self.y.address(), ..self.product(&[block.out]) };
         // SAFETY: as above; the launch keeps to y's length.
         let parts = unsafe { self.products.launch(stream, product, 1, self.y.len()) }?;
-        self.pending = Some(Pending { n_part: parts.n, n_choice: 1 });
+        self.pending = Some(Pending { n_part: parts, n_choice: 1 });
         Ok(())
     }
 
@@ -487,7 +486,7 @@ impl Forward {
         };
         // SAFETY: as above; the launch keeps to y's length.
         let parts = unsafe { self.products.launch(stream, down, 1, self.y.len()) }?;
-        self.pending = Some(Pending { n_part: parts.n, n_choice });
+        self.pending = Some(Pending { n_part: parts, n_choice });
         Ok(())
     }
 }
@@ -512,16 +511,4 @@ fn spans(rows: &[Row]) -> Vec<Span> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_become_spans_of_consecutive_positions() {
-        let row = |sequence, position| Row { token: 0, position, sequence };
-        let mut rows: Vec<Row> = (5..75).map(|position| row(0, position)).collect();
-        rows.extend([row(1, 0), row(1, 1), row(2, 2), Row::PADDING, Row::PADDING]);
-        let expected = [(0, 64, 0, 5), (64, 6, 0, 69), (70, 2, 1, 0), (72, 1, 2, 2), (73, 1, u32::MAX, 0), (74, 1, u32::MAX, 0)];
-        let expected = expected.map(|(row, n_row, slot, position)| Span { row, n_row, slot, position });
-        assert_eq!(spans(&rows), expected);
-    }
-}
+mod tests;

@@ -87,6 +87,8 @@ const SHAPE_F32: Shape = Shape { n_row: 64, n_column: 64, threads: 256, stages: 
 const TILE_K: u32 = 64;
 const TILE_K_F32: u32 = 32;
 const PITCH_F32: u32 = 36;
+/// Parts of a sum at most.
+pub(super) const MAX_SPLIT: u32 = 8;
 
 impl Format {
     /// What kernels multiply matrices of this format by.
@@ -157,11 +159,6 @@ pub(super) struct Products {
     n_multiprocessor: u32,
 }
 
-/// What a product sums up where it may be split: parts, which are to be added.
-pub(super) struct Parts {
-    pub n: u32,
-}
-
 impl Products {
     pub(super) fn new(gpu: &Arc<Gpu>, formats: impl Iterator<Item = Format>) -> Result<Products> {
         let mut products = Products { kernels: BTreeMap::new(), n_multiprocessor: gpu.n_multiprocessor() as u32 };
@@ -183,57 +180,79 @@ impl Products {
     }
 
     /// Queues `product` for its first `n_matrix` matrices, which are of one format and one size. A sum is split over as many blocks as
-    /// fill the GPU, where results are partial and `room` elements of f32 let it.
+    /// fill the GPU, where results are partial and `room` elements of f32 let it; gives the number of parts that are to be added.
     ///
     /// # Safety
     /// As [`Kernel::launch`]: every address in `product` must be valid for what it is used for.
-    pub(super) unsafe fn launch(
-        &self,
-        stream: &Stream,
-        mut product: Product,
-        n_matrix: u32,
-        room: usize,
-    ) -> Result<Parts> {
-        let format = Format::of(&product.w[0]);
-        let (n_out, n_in) = (product.w[0].n_row, product.w[0].n_col);
-        let grouped = product.offsets != 0;
-        // How many rows a matrix meets on average.
-        let mean = if grouped { product.n_row.div_ceil(product.n_expert) } else { product.n_row };
-        let fills = 2 * self.n_multiprocessor;
-        let which = match mean {
-            _ if format == Format::F32 => 0,
+    pub(super) unsafe fn launch(&self, stream: &Stream, product: Product, n_matrix: u32, room: usize) -> Result<u32> {
+        let which = self.shape(&product, n_matrix);
+        let n_split = self.splits(&product, which, room);
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_as(stream, product, n_matrix, which, n_split) }?;
+        Ok(n_split)
+    }
+
+    /// How many rows a matrix meets: where there are experts, on average.
+    fn mean_rows(product: &Product) -> u32 {
+        if product.offsets != 0 { product.n_row.div_ceil(product.n_expert) } else { product.n_row }
+    }
+
+    fn shape(&self, product: &Product, n_matrix: u32) -> usize {
+        let mean = Self::mean_rows(product);
+        match mean {
+            _ if Format::of(&product.w[0]) == Format::F32 => 0,
             0..=16 => 0,
             17..=32 => 1,
             _ => {
                 // Wide tiles where they alone occupy most of the GPU.
                 let wide = SHAPES[3];
-                let n = mean / wide.n_row * n_out.div_ceil(wide.n_column) * n_matrix;
-                if n * if grouped { product.n_expert } else { 1 } * 4 >= self.n_multiprocessor * 3 { 3 } else { 2 }
+                let n_expert = if product.offsets != 0 { product.n_expert } else { 1 };
+                let n = mean / wide.n_row * product.w[0].n_row.div_ceil(wide.n_column) * n_matrix * n_expert;
+                if n * 4 >= self.n_multiprocessor * 3 { 3 } else { 2 }
             }
-        };
+        }
+    }
+
+    fn splits(&self, product: &Product, which: usize, room: usize) -> u32 {
+        if product.output_kind != Output::Partial as u32 {
+            return 1;
+        }
+        let is_f32 = Format::of(&product.w[0]) == Format::F32;
+        let (shape, tile_k) = if is_f32 { (SHAPE_F32, TILE_K_F32) } else { (SHAPES[which], TILE_K) };
+        let n_expert = if product.offsets != 0 { product.n_expert } else { 1 };
+        let row_tiles = Self::mean_rows(product).div_ceil(shape.n_row) * n_expert;
+        let blocks = row_tiles * product.w[0].n_row.div_ceil(shape.n_column);
+        let part = u64::from(product.n_output_row) * u64::from(product.output_stride);
+        let room = u32::try_from(room as u64 / part.max(1)).unwrap_or(u32::MAX);
+        let k_tiles = product.w[0].n_col.div_ceil(tile_k);
+        (2 * self.n_multiprocessor / blocks.max(1)).min(k_tiles / 2).min(MAX_SPLIT).min(room).max(1)
+    }
+
+    /// # Safety
+    /// As [`Products::launch`].
+    pub(super) unsafe fn launch_as(
+        &self,
+        stream: &Stream,
+        mut product: Product,
+        n_matrix: u32,
+        which: usize,
+        n_split: u32,
+    ) -> Result<()> {
+        let format = Format::of(&product.w[0]);
         let shape = if format == Format::F32 { SHAPE_F32 } else { SHAPES[which] };
-        let row_tiles = if grouped {
+        // With experts, as many tiles as there can be: each may end with one that is not full.
+        let row_tiles = if product.offsets != 0 {
             product.n_row / shape.n_row + product.n_expert.min(product.n_row)
         } else {
             product.n_row.div_ceil(shape.n_row)
         };
-        let column_tiles = n_out.div_ceil(shape.n_column);
-        product.n_split = 1;
-        if product.output_kind == Output::Partial as u32 {
-            let busy_tiles = if grouped { mean.div_ceil(shape.n_row) * product.n_expert } else { row_tiles };
-            let blocks = busy_tiles.max(1) * column_tiles;
-            let k_tiles = n_in.div_ceil(if format == Format::F32 { TILE_K_F32 } else { TILE_K });
-            let part = u64::from(product.n_output_row) * u64::from(product.output_stride);
-            let room = u32::try_from(room as u64 / part.max(1)).unwrap_or(u32::MAX);
-            product.n_split = (fills / blocks).min(k_tiles / 2).min(8).min(room).max(1);
-        }
+        product.n_split = n_split;
         let grid = Grid {
-            blocks: [column_tiles, row_tiles, n_matrix * product.n_split],
+            blocks: [product.w[0].n_row.div_ceil(shape.n_column), row_tiles, n_matrix * n_split],
             threads: shape.threads,
             shared: shape.shared(format),
         };
         // SAFETY: the argument is the kernel's; the rest is the caller's promise.
-        unsafe { self.kernels[&(format as u32)][which].launch(stream, grid, &[Arg::value(product)]) }?;
-        Ok(Parts { n: product.n_split })
+        unsafe { self.kernels[&(format as u32)][which].launch(stream, grid, &[Arg::value(product)]) }
     }
 }
