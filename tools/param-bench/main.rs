@@ -12,8 +12,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use param::cli::{self, Usage};
+use param::device::DeviceArgs;
 use param_kernels::available_threads;
-use param_runtime::{Error, Model};
+use param_runtime::Error;
 
 use crate::machine::{Machine, Probe};
 use crate::measure::{Test, measure};
@@ -54,6 +55,8 @@ struct Args {
     /// Measure what the machine can do: reading memory, and arithmetic in int8, bf16 and f32
     #[arg(long)]
     machine: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Form of the report
     #[arg(short, long, value_enum, default_value = "table")]
     output: Format,
@@ -87,7 +90,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     for path in &args.model {
-        let model = Model::open(path)?;
+        let model = args.device.open(path)?;
         for n_thread in threads(args) {
             let mut machine = args.bus.then(|| Machine::new(n_thread)).transpose()?;
             for test in tests(args) {
