@@ -4,6 +4,7 @@
 mod caches;
 mod device_model;
 mod error;
+mod forward;
 mod gpu;
 mod kernel;
 mod memory;
@@ -14,6 +15,7 @@ mod stream;
 pub use caches::{CacheTable, Caches};
 pub use device_model::{BlockWeights, DeviceModel, FeedForwardWeights, NormWeights, OuterWeights, Upload, Weights};
 pub use error::{Error, NoGpu, Result};
+pub use forward::{Forward, Row};
 pub use gpu::{Gpu, open};
 pub use kernel::{Arg, Grid, IntoArg, Kernel, Module};
 pub use memory::{Buffer, Pinned};
