@@ -23,6 +23,7 @@ fn build() -> Result<(), String> {
     println!("cargo:rerun-if-changed=src/source.rs");
     println!("cargo:rerun-if-changed={}", cpp.display());
     println!("cargo:rerun-if-changed={}", kernels.display());
+    println!("cargo:rerun-if-env-changed=CXX");
     println!("cargo:rustc-env=PARAM_EMULATION_OUT={}", out.display());
     if variable("CARGO_CFG_TARGET_OS")? != "linux" {
         println!("cargo:rustc-env=PARAM_EMULATION_CXX=");
@@ -34,6 +35,13 @@ fn build() -> Result<(), String> {
 
     for folder in ["emulation", "kernels", "old"] {
         std::fs::create_dir_all(out.join(folder)).map_err(|e| format!("{}/{folder}: {e}", out.display()))?;
+    }
+    // Variants of what is built anew.
+    for entry in std::fs::read_dir(&out).map_err(|e| e.to_string())?.flatten() {
+        let name = entry.file_name();
+        if ["variant-", "new-"].iter().any(|p| name.to_string_lossy().starts_with(p)) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
     }
     let files = kernel_files(&kernels)?;
     let mut objects = Vec::new();

@@ -99,6 +99,7 @@ static std::vector<Stack*> pool; // of threads that have ended
 
 static Stack* new_stack() {
     static u32 n_made;
+    u32 n;
     {
         std::lock_guard<std::mutex> guard(pool_lock);
         if (!pool.empty()) {
@@ -106,7 +107,7 @@ static Stack* new_stack() {
             pool.pop_back();
             return s;
         }
-        n_made++;
+        n = n_made++;
     }
     void* p = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
@@ -117,7 +118,7 @@ static Stack* new_stack() {
     Stack* s = new Stack();
     s->low = (char*)p + 4096;
     // Tops that differ in the low bits of their address: else all would lie in the same few lines of the cache.
-    s->size = STACK_BYTES - 4096 - (n_made * 7 % 32) * 128;
+    s->size = STACK_BYTES - 4096 - (n * 7 % 32) * 128;
     return s;
 }
 

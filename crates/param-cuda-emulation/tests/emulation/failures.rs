@@ -206,3 +206,16 @@ fn settings_play_failures() {
     assert_eq!((alloc(4), alloc(4), alloc(4), alloc(4)), (0, 0, 999, 999));
     assert_eq!((set("schedule=seed:7"), set("schedule=none"), set("nonsense"), set("")), (1, 0, 0, 1));
 }
+
+#[test]
+fn all_of_device_cuh_is_there() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let device = std::fs::read_to_string(root.with_file_name("param-cuda").join("kernels/device.cuh")).unwrap();
+    let emulation = std::fs::read_to_string(root.join("cpp/emulation.h")).unwrap();
+    let own = device.split("#else\n").nth(1).unwrap().split("\n#endif").next().unwrap();
+    // `DEVICE type name(`
+    let names = own.split("DEVICE ").skip(1).filter_map(|text| text.split('(').next()?.split([' ', '*']).next_back());
+    for name in names.filter(|&name| name != "shared_address" && name != "__device__") {
+        assert!(emulation.contains(&format!(" {name}(")), "emulation.h has no `{name}`");
+    }
+}
