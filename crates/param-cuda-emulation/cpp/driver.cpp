@@ -64,6 +64,7 @@ struct Stream {
     int mode = 0;
     const void* thread = nullptr; // that began the capture
     bool invalidated = false;
+    bool blocking = false; // waits for the default stream, and that for it
 };
 struct Event {
     bool recorded = false, timed = true;
@@ -100,11 +101,25 @@ CUresult perform(const Work& w) {
     }
     return UNKNOWN;
 }
+// The default stream would have to wait for a stream that the thread captures. On a GPU it is so for what any thread captures; here
+// tests that run beside each other are spared.
+CUresult not_by_default(Stream* s) {
+    Guard guard(lock);
+    if (s != &null_stream) return SUCCESS;
+    for (void* h : live<Stream>) {
+        Stream* other = (Stream*)h;
+        if (!other->capture || !other->blocking || other->thread != &thread()) continue;
+        other->invalidated = true;
+        return CAPTURE_IMPLICIT;
+    }
+    return SUCCESS;
+}
 CUresult enqueue(void* stream, Work&& w) {
     {
         Guard guard(lock);
         Stream* s = stream_of(stream);
         if (!s) return INVALID_HANDLE;
+        if (CUresult r = not_by_default(s)) return r;
         Stream* origin = s->origin ? s->origin : s;
         if (origin->invalidated) return CAPTURE_INVALIDATED;
         if (origin->capture) {
@@ -117,6 +132,7 @@ CUresult enqueue(void* stream, Work&& w) {
 // What would wait for a stream that is being captured, or allocate beside it, spoils the capture.
 CUresult not_while_capturing(Stream* s) {
     Guard guard(lock);
+    if (CUresult r = not_by_default(s)) return r;
     Stream* origin = s->origin ? s->origin : s;
     if (!origin->capture) return SUCCESS;
     origin->invalidated = true;
@@ -402,13 +418,19 @@ template <class T> static CUresult destroy(void* h) {
     delete t;
     return SUCCESS;
 }
-API CUresult cuStreamCreate(void** stream, u32) {
-    IN_CONTEXT(cuStreamCreate);
-    return create(stream, new Stream());
+static CUresult new_stream(void** stream, u32 flags) {
+    if (flags > 1) return INVALID_VALUE;
+    Stream* s = new Stream();
+    s->blocking = !flags;
+    return create(stream, s);
 }
-API CUresult cuStreamCreateWithPriority(void** stream, u32, int) {
+API CUresult cuStreamCreate(void** stream, u32 flags) {
+    IN_CONTEXT(cuStreamCreate);
+    return new_stream(stream, flags);
+}
+API CUresult cuStreamCreateWithPriority(void** stream, u32 flags, int) {
     IN_CONTEXT(cuStreamCreateWithPriority);
-    return create(stream, new Stream());
+    return new_stream(stream, flags);
 }
 API CUresult cuStreamDestroy_v2(void* stream) {
     IN_CONTEXT(cuStreamDestroy_v2);
@@ -740,6 +762,8 @@ static const struct {
     {900, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", "operation not permitted when stream is capturing"},
     {901, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED", "operation failed due to a previous error during capture"},
     {903, "CUDA_ERROR_STREAM_CAPTURE_UNMATCHED", "attempt to terminate a thread-local capture sequence from another thread"},
+    {906, "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT",
+     "operation would make the legacy stream depend on a capturing blocking stream"},
     {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 API CUresult cuGetErrorName(CUresult code, const char** name) {

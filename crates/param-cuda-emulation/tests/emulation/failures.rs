@@ -114,6 +114,11 @@ fn graphs_repeat_what_was_recorded() {
         let mut address = 0u64;
         assert_eq!(d.get::<unsafe extern "C" fn(*mut u64, usize) -> c_int>("cuMemAlloc_v2")(&mut address, 4), 900);
         assert_eq!((end(stream, &mut graph), synchronize(stream)), (901, 0));
+
+        // The default stream and a stream that waits for it.
+        assert_eq!(d.get::<unsafe extern "C" fn(*mut Handle, c_uint) -> c_int>("cuStreamCreate")(&mut stream, 0), 0);
+        assert_eq!((begin(stream, 1), copy(p, out, 4, null_mut()), end(stream, &mut graph)), (0, 906, 901));
+        assert_eq!((copy(p, out, 4, null_mut()), synchronize(stream)), (0, 0));
     }
 }
 
