@@ -1,14 +1,18 @@
-"""Everything that needs a GPU, in one run: tests, golden numbers, param-bench, PyTorch's peers. Steps (default: all):
+"""Everything that needs a GPU, in one run: tests, golden numbers, param-bench, PyTorch's peers. Steps (default: the first three):
 
   tests   the test binaries; golden cases through param-run
   bench   param-bench on random weights in several formats; logits beside the CPU's
   peers   what the GPU can do at best, and the model in PyTorch
+and, only where asked for:
+  profile   time and bytes of each kernel, by ncu
+  sanitize  memory errors and races, by compute-sanitizer
 
 Writes gpu-DATE.json after every step, so that a run that is cut short leaves what it had; a step that fails or runs out of time is
 recorded and the next one begins. tools/gpu-check.sh makes the folder that this runs in.
 """
 
 import argparse
+import csv
 import json
 import os
 import platform
@@ -20,9 +24,11 @@ import sys
 import time
 import traceback
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+GROUPS = ["tests", "bench", "peers", "profile", "sanitize"]
 FORMATS = ["f16", "default", "q4_k", "q8_0", "bf16", "f32"]  # in the order of what matters, in case time runs out
 PEERS = {  # seconds each may take
     "ceilings": 40, "check": 50, "decode_graph": 40, "prefill_eager": 40, "prefill_graph": 40, "batch_graph": 50, "decode_eager": 40,
@@ -33,7 +39,7 @@ QUERY = "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.ma
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", metavar="STEP", help="of tests, bench, peers")
+    parser.add_argument("groups", nargs="*", metavar="STEP", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="where the JSON goes [default: .]")
     parser.add_argument("--budget", type=float, default=345, metavar="SECONDS", help="for all steps together [default: 345]")
     parser.add_argument("--formats", default=",".join(FORMATS), help="of weights to measure [default: %(default)s]")
@@ -42,8 +48,8 @@ def arguments():
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: only to try this script")
     parser.add_argument("--preset", default="param-0.5b", help="the model that is measured [default: %(default)s]")
     args = parser.parse_args()
-    args.groups = args.groups or ["tests", "bench", "peers"]
-    for given, known in ((args.groups, ["tests", "bench", "peers"]), (args.peers.split(","), PEERS), (args.formats.split(","), FORMATS)):
+    args.groups = args.groups or GROUPS[:3]
+    for given, known in ((args.groups, GROUPS), (args.peers.split(","), PEERS), (args.formats.split(","), FORMATS)):
         for name in given:
             if name not in known:
                 parser.error(f"{name}: expected of {', '.join(known)}")
@@ -80,10 +86,13 @@ class Run:
             return {"error": repr(e)}
 
     def versions(self):
-        """PyTorch is asked without importing it here, since its process would hold memory of the GPU."""
         found = {}
+        for name in ("torch", "triton", "numpy"):
+            try:
+                found[name] = version(name)
+            except Exception as e:
+                found[name] = repr(e)
         for name, command in (
-            ("torch", [sys.executable, "-c", "import torch; print(torch.__version__, torch.version.cuda)"]),
             ("nvcc", ["nvcc", "--version"]),
             ("param-run", [HERE / "bin/param-run", "--version"]),
         ):
@@ -296,6 +305,69 @@ def agree(run):
         run.add(step)
 
 
+# Where time goes, and what is wrong.
+
+METRICS = {
+    "gpu__time_duration.sum": "ns",
+    "dram__bytes_read.sum": "read",
+    "dram__bytes_write.sum": "written",
+    "launch__registers_per_thread": "registers",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy %",
+    "sm__inst_executed_pipe_tensor.sum": "tensor instructions",
+}
+
+
+def profile(run):
+    """Kernels of a prefill of 512 tokens, and of four tokens after a short prompt: launches, their time, their traffic with memory."""
+    for name in run.args.formats.split(",")[:2]:
+        path = model(run, name)
+        if path is None:
+            continue
+        for what, n_prompt, n_gen in (("prefill", 512, 1), ("decode", 8, 4)):
+            tokens = ",".join(str(random.Random(i).randrange(1000)) for i in range(n_prompt))
+            # Clocks stay as they are found.
+            command = ["ncu", "--clock-control", "none", "--csv", "--print-units", "base", "--metrics", ",".join(METRICS),
+                       HERE / "bin/param-run", "-m", path, "--tokens", tokens, "-n", n_gen, "--temp", 0, "--ignore-eos", "--print-tokens",
+                       *run.device()]
+            step, stdout = run.command(f"profile {what} {name}", command, 90, save=False)
+            lines = stdout.splitlines()
+            first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+            kernels, launches = {}, set()
+            for row in csv.DictReader(lines[first:]):
+                kernel = kernels.setdefault(row["Kernel Name"].split("(")[0], {"launches": 0})
+                if row["ID"] not in launches:
+                    launches.add(row["ID"])
+                    kernel["launches"] += 1
+                    kernel["grid"], kernel["block"] = row.get("Grid Size"), row.get("Block Size")
+                key = METRICS.get(row["Metric Name"], row["Metric Name"])
+                value = float((row["Metric Value"] or "nan").replace(",", ""))
+                kernel[key] = max(kernel.get(key, 0), value) if key in ("registers", "occupancy %") else kernel.get(key, 0) + value
+            step["kernels"] = kernels
+            step["note"] = f"{len(launches)} launches of {len(kernels)} kernels, {sum(k.get('ns', 0) for k in kernels.values()) / 1e3:.0f} us"
+            run.add(step)
+            for kernel, of in sorted(kernels.items(), key=lambda item: -item[1].get("ns", 0))[:12]:
+                ns, n_byte = of.get("ns", 0), of.get("read", 0) + of.get("written", 0)
+                print(f"    {kernel:<36} {of['launches']:>5} x {ns / 1e3 / of['launches']:>9.2f} us {n_byte / max(ns, 1):>8.0f} GB/s "
+                      f"{of.get('registers', 0):>5.0f} registers, {of.get('occupancy %', 0):.0f}% of warps", flush=True)
+
+
+def sanitize(run):
+    """Golden cases and the crate's own tests under compute-sanitizer."""
+    commands = []
+    for line in (HERE / "tests.txt").read_text().splitlines():
+        if line.startswith("param-cuda-"):
+            commands.append((line.split()[0], [HERE / "tests" / line.split()[0], *line.split()[1:], "--test-threads=1"]))
+    for case in sorted(path for path in (HERE / "golden").iterdir() if (path / "model.safetensors").exists()):
+        gguf = run.work / f"golden-{case.name}.gguf"
+        if not gguf.exists():
+            run.command(f"golden {case.name}: convert", [HERE / "bin/param-convert", case, gguf, "--quant", "f32"], 30)
+        commands.append((f"golden {case.name}", [HERE / "bin/param-run", "-m", gguf, "--tokens", "5,6,7,8,9,10,11,12", "-n", 8, "--temp", 0,
+                                                 "--ignore-eos", "--print-tokens", *run.device()]))
+    for tool in ("memcheck", "racecheck"):
+        for name, command in commands:
+            run.command(f"{tool} {name}", ["compute-sanitizer", "--tool", tool, "--error-exitcode", 9, *command], 90, {"PARAM_EXPECT_CUDA": "1"})
+
+
 # PyTorch.
 
 
@@ -384,11 +456,13 @@ def main():
         run.guarded("golden", lambda: golden(run))
     if "bench" in args.groups:
         run.guarded("bench", lambda: bench(run))
+        run.guarded("agree", lambda: agree(run))
+    if "profile" in args.groups:
+        run.guarded("profile", lambda: profile(run))
+    if "sanitize" in args.groups:
+        run.guarded("sanitize", lambda: sanitize(run))
     if "peers" in args.groups:
         run.guarded("peers", lambda: peers(run))
-    # Last, for what it shows is shown by golden cases at a smaller size.
-    if "bench" in args.groups:
-        run.guarded("agree", lambda: agree(run))
     run.save()
     sys.exit(table(run))
 

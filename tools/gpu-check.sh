@@ -58,7 +58,7 @@ work=${PARAM_GPU_CHECK:-/tmp/param-gpu-check}
 # A second run finds the models that the first one made.
 mkdir -p "$work"
 tar -C "$work" -xzf "$here/files.tar.gz"
-exec env PYTHONUNBUFFERED=1 python3 "$work/gpu-check.py" "$@"
+exec env PYTHONUNBUFFERED=1 "${PYTHON:-python3}" "$work/gpu-check.py" "$@"
 RUN
 chmod +x "$out/run.sh"
 rm -rf "$files/work"
