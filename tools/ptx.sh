@@ -46,6 +46,13 @@ fetch() {
 }
 
 [ -d "${CARGO_HOME:-$HOME/.cargo}/bin" ] && PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
+# The compiler is part of the crate that embeds the files: a kernel that is new needs one for it to build.
+if [ $action = write ]; then
+    mkdir -p "$folder/ptx"
+    for kernel in "$folder"/kernels/*.cu; do
+        [ -e "$kernel" ] && touch "$folder/ptx/$(basename "${kernel%.cu}").ptx"
+    done
+fi
 run() { cargo run -q --release -p param-cuda --example ptx -- "$@"; }
 
 if [ $action = report ]; then

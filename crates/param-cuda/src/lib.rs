@@ -2,8 +2,10 @@
 //! where there is none, [`open`] says why. Every failure is an [`Error`] that names the call.
 
 mod caches;
+pub mod decode;
 mod device_model;
 mod error;
+mod forward;
 mod gpu;
 mod kernel;
 mod memory;
@@ -14,6 +16,7 @@ mod stream;
 pub use caches::{CacheTable, Caches};
 pub use device_model::{BlockWeights, DeviceModel, FeedForwardWeights, NormWeights, OuterWeights, Upload, Weights};
 pub use error::{Error, NoGpu, Result};
+pub use forward::{Forward, Row};
 pub use gpu::{Gpu, open};
 pub use kernel::{Arg, Grid, IntoArg, Kernel, Module};
 pub use memory::{Buffer, Pinned};
