@@ -159,7 +159,8 @@ fn sequences_decoded_together_go_on_as_they_would_alone() {
     let converted = Converted::new(case);
     let gpu = on_gpu(&converted.gguf, ModelOptions::default());
     for n_sequence in [3, 9] {
-        let prompt = |sequence: usize| -> Vec<u32> { (0..=sequence as u32 % 5).map(|i| 3 * i + sequence as u32).collect() };
+        let prompt =
+            |sequence: usize| -> Vec<u32> { (0..=sequence as u32 % 5).map(|i| 3 * i + sequence as u32).collect() };
         let alone: Vec<Vec<u32>> =
             (0..n_sequence).map(|i| greedy(&mut session(&converted.model, 512), &prompt(i), 6)).collect();
         let mut batch = Batch::new(&gpu, n_sequence, &SessionOptions::default()).unwrap();

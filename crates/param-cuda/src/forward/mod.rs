@@ -117,9 +117,7 @@ impl Forward {
         let n_embd = n_row_max * stride as usize;
         let n_hidden = n_row_max * n_choice * stride_ff as usize;
         let n_normalised = n_row_max.max(n_logits_max) * stride as usize;
-        let h = |element: Element| {
-            gpu.alloc::<u8>(WHAT, if any(element) { n_normalised * element.bytes() } else { 0 })
-        };
+        let h = |element: Element| gpu.alloc::<u8>(WHAT, if any(element) { n_normalised * element.bytes() } else { 0 });
         let split = n_row_max.min(SPLIT_ROWS) * MAX_SPLIT as usize;
         let module = |ptx| Module::load(gpu, ptx);
         Ok(Forward {
@@ -169,9 +167,8 @@ impl Forward {
         assert!(!rows.is_empty() && rows.len() <= n, "{} rows of at most {n}", rows.len());
         assert!(logits.len() <= self.n_logits_max, "logits of {} rows", logits.len());
         for row in rows.iter().filter(|row| row.sequence != Row::NO_SEQUENCE) {
-            let fits = row.token < m.n_vocab
-                && row.position < caches.n_ctx.min(m.n_ctx)
-                && row.sequence < caches.n_sequence;
+            let fits =
+                row.token < m.n_vocab && row.position < caches.n_ctx.min(m.n_ctx) && row.sequence < caches.n_sequence;
             assert!(fits, "{row:?}");
         }
         assert!(logits.iter().all(|&row| (row as usize) < rows.len()), "logits of rows that are not there");

@@ -161,7 +161,15 @@ fn place(gpu: &Arc<Gpu>, stored: &Stored) -> (Matrix, Buffer<u8>, Buffer<f32>) {
 
 /// A product with experts (or without, if there is one), whose rows are chosen at random; returns the largest error relative to the
 /// sum of the terms' magnitudes.
-fn product_error(format: Format, which: usize, n_split: u32, n_row: usize, n_out: usize, n_in: usize, seed: u64) -> f64 {
+fn product_error(
+    format: Format,
+    which: usize,
+    n_split: u32,
+    n_row: usize,
+    n_out: usize,
+    n_in: usize,
+    seed: u64,
+) -> f64 {
     let gpu = gpu();
     let stream = Stream::new(&gpu).unwrap();
     let random = &mut Random::new(seed);
@@ -246,7 +254,8 @@ fn product_error(format: Format, which: usize, n_split: u32, n_row: usize, n_out
                 (false, _) => gelu(sum, activation),
             };
             let at = expert * n_out + n;
-            let magnitude: f64 = stored.values[at * n_in..][..n_in].iter().zip(x).map(|(w, x)| (f64::from(*w) * x).abs()).sum();
+            let magnitude: f64 =
+                stored.values[at * n_in..][..n_in].iter().zip(x).map(|(w, x)| (f64::from(*w) * x).abs()).sum();
             error = error.max((got - want).abs() / (magnitude + 0.3));
         }
     }
@@ -310,7 +319,8 @@ fn entries_are_listed_by_expert_in_their_order() {
         // The last number stands for rows that pad.
         let choices: Vec<u32> =
             (0..n_entry).map(|i| if i % 11 == 10 { n_expert } else { random.below(n_chosen) as u32 }).collect();
-        let (choice, offsets) = (gpu.upload("", &choices).unwrap(), gpu.alloc::<u32>("", n_expert as usize + 1).unwrap());
+        let (choice, offsets) =
+            (gpu.upload("", &choices).unwrap(), gpu.alloc::<u32>("", n_expert as usize + 1).unwrap());
         let list = gpu.alloc::<u32>("", n_entry).unwrap();
         let grid = Grid { blocks: [n_expert, 1, 1], threads: 256, shared: 0 };
         unsafe { kernel.launch(&stream, grid, &args![choice, n_entry as u32, n_expert, offsets, list]) }.unwrap();
@@ -577,15 +587,14 @@ fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], by_parts: bool) -> (f6
 }
 
 /// Chunks that begin and go on, of one row and of more than a tile has.
-const PASSES: [&[(usize, usize)]; 4] = [&[(0, 5), (1, 1)], &[(1, 17), (0, 2), (2, 3)], &[(0, 1), (1, 1), (2, 1)], &[(2, 66)]];
+const PASSES: [&[(usize, usize)]; 4] =
+    [&[(0, 5), (1, 1)], &[(1, 17), (0, 2), (2, 3)], &[(0, 1), (1, 1), (2, 1)], &[(2, 66)]];
 
 #[test]
 fn a_model_in_f32_gives_the_logits_of_plain_sums() {
-    for (seed, d) in [
-        (1, dims(2, 16, 40, 4, 2, true)),
-        (2, dims(1, 40, 64, 0, 0, true)),
-        (3, dims(3, 32, 96, 5, 5, true)),
-    ] {
+    for (seed, d) in
+        [(1, dims(2, 16, 40, 4, 2, true)), (2, dims(1, 40, 64, 0, 0, true)), (3, dims(3, 32, 96, 5, 5, true))]
+    {
         let (error, _) = model_error(&Tiny::random(seed, d, &[Format::F32]), &PASSES, seed == 1);
         assert!(error < 1e-4, "{seed}: {error}");
     }
