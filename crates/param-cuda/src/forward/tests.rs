@@ -214,7 +214,7 @@ fn product_error(format: Format, which: usize, n_split: u32, n_row: usize, n_out
         n_output_row: n_entry as u32,
         n_expert: n_expert as u32,
         n_used: n_used as u32,
-        gathers: 1,
+        gathers: u32::from(is_grouped),
         output_kind: if partial { Output::Partial } else { Output::Activated } as u32,
         activation: activation as u32,
         element: Element::F32 as u32,
@@ -517,17 +517,25 @@ fn dims(n_head: u32, head_dim: u32, n_ff: u32, n_expert: u32, n_used: u32, cache
     }
 }
 
-/// Runs chunks (sequence, rows) of three sequences, one list of chunks a pass, and returns the largest error of a logit.
-fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], by_parts: bool) -> (f64, f64) {
+/// Runs chunks (sequence, rows) of three sequences, one list of chunks a pass, and returns the largest error of a logit. The tokens
+/// are such that no router's choice hangs by less than `margin`: where it does, another expert is as right.
+fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], by_parts: bool, margin: f64) -> f64 {
     let gpu = gpu();
     let stream = Stream::new(&gpu).unwrap();
-    let random = &mut Random::new(99);
-    let tokens: Vec<Vec<u32>> =
-        (0..3).map(|_| (0..80).map(|_| random.below(tiny.dims.n_vocab as usize) as u32).collect()).collect();
     let mut lengths = [0; 3];
     passes.iter().for_each(|chunks| chunks.iter().for_each(|(sequence, n)| lengths[*sequence] += n));
-    let expected: Vec<_> = (0..3).map(|i| tiny.logits(&tokens[i][..lengths[i]])).collect();
-    let margin = expected.iter().map(|(_, margin)| *margin).fold(f64::INFINITY, f64::min);
+    let random = &mut Random::new(99);
+    let (tokens, expected): (Vec<Vec<u32>>, Vec<Vec<Vec<f64>>>) = lengths
+        .map(|n| {
+            let tries = (0..500).map(|_| {
+                let tokens: Vec<u32> = (0..n).map(|_| random.below(tiny.dims.n_vocab as usize) as u32).collect();
+                let (logits, closest) = tiny.logits(&tokens);
+                (closest > margin).then_some((tokens, logits))
+            });
+            tries.flatten().next().unwrap()
+        })
+        .into_iter()
+        .unzip();
 
     let model = tiny.upload(&gpu);
     let caches = Arc::new(Caches::new(&model, 3, 90).unwrap());
@@ -565,7 +573,7 @@ fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], by_parts: bool) -> (f6
         }
         let logits = forward.logits().to_vec().unwrap();
         for ((_, sequence, position), got) in wanted.iter().zip(logits.chunks_exact(tiny.dims.n_vocab as usize)) {
-            let want = &expected[*sequence].0[*position];
+            let want = &expected[*sequence][*position];
             got.iter().zip(want).for_each(|(got, want)| {
                 let e = (f64::from(*got) - want).abs();
                 error = if e.is_nan() { f64::INFINITY } else { error.max(e) };
@@ -573,7 +581,7 @@ fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], by_parts: bool) -> (f6
         }
         assert_eq!(forward.not_finite().to_vec().unwrap(), [0]);
     }
-    (error, margin)
+    error
 }
 
 /// Chunks that begin and go on, of one row and of more than a tile has.
@@ -586,7 +594,7 @@ fn a_model_in_f32_gives_the_logits_of_plain_sums() {
         (2, dims(1, 40, 64, 0, 0, true)),
         (3, dims(3, 32, 96, 5, 5, true)),
     ] {
-        let (error, _) = model_error(&Tiny::random(seed, d, &[Format::F32]), &PASSES, seed == 1);
+        let error = model_error(&Tiny::random(seed, d, &[Format::F32]), &PASSES, seed == 1, 1e-5);
         assert!(error < 1e-4, "{seed}: {error}");
     }
 }
@@ -602,17 +610,15 @@ fn models_of_every_format_give_the_logits_of_plain_sums() {
     let cases: [(u64, Model, &[Format], f64); 7] = [
         (1, dims(2, 32, 40, 4, 2, false), &[F16], F16_ERROR),
         (2, dims(3, 64, 64, 3, 1, false), &[F16, F32, Q8_0], F16_ERROR),
-        (3, dims(2, 32, 64, 4, 2, false), &[Bf16], BF16_ERROR),
+        (3, dims(2, 32, 64, 3, 3, false), &[Bf16], BF16_ERROR),
         (4, dims(2, 128, 256, 4, 3, false), &[Q4K], F16_ERROR),
         (5, dims(4, 64, 512, 2, 2, false), &[Q6K, Q4K], F16_ERROR),
         (6, dims(2, 32, 96, 8, 3, false), &[Q8_0], F16_ERROR),
         (7, dims(4, 24, 40, 4, 2, true), &[F16], F16_ERROR),
     ];
     for (seed, d, formats, bound) in cases {
-        let (error, margin) = model_error(&Tiny::random(seed, d, formats), &PASSES, seed % 2 == 0);
-        // Where a choice hangs by less than what rounding moves, another expert is as right.
-        println!("{formats:?}: error {error:.2e}, margin {margin:.2e}");
-        assert!(error < bound, "{seed}: {error}, with a margin of {margin}");
+        let error = model_error(&Tiny::random(seed, d, formats), &PASSES, seed % 2 == 0, bound / 2.0);
+        assert!(error < bound, "{seed}: {formats:?}: {error}");
     }
 }
 
