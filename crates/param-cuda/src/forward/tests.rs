@@ -211,7 +211,6 @@ fn product_error(format: Format, which: usize, n_split: u32, n_row: usize, n_out
         input_stride: stride as u32,
         output_stride: output_stride as u32,
         n_row: n_entry as u32,
-        n_output_row: n_entry as u32,
         n_expert: n_expert as u32,
         n_used: n_used as u32,
         gathers: u32::from(is_grouped),
@@ -233,7 +232,7 @@ fn product_error(format: Format, which: usize, n_split: u32, n_row: usize, n_out
         let expert = choices[entry] as usize;
         let x = &rounded[entry / n_used * stride..][..n_in];
         for n in 0..output_stride {
-            let parts = (0..n_split as usize).map(|s| output[(s * n_entry + row) * output_stride + n]);
+            let parts = (0..n_split as usize).map(|s| output[(row * n_split as usize + s) * output_stride + n]);
             let got: f64 = parts.sum();
             if n >= n_out {
                 assert_eq!(got, 0.0, "beyond the matrix");
@@ -517,8 +516,8 @@ fn dims(n_head: u32, head_dim: u32, n_ff: u32, n_expert: u32, n_used: u32, cache
     }
 }
 
-/// Runs chunks (sequence, rows) of three sequences, one list of chunks a pass, and returns the largest error of a logit. The tokens
-/// are such that no router's choice hangs by less than `margin`: where it does, another expert is as right.
+/// Runs chunks (sequence, rows) of three sequences, one list of chunks a pass, and returns the largest error of a logit, as a part of
+/// the row's largest. The tokens are such that no router's choice hangs by less than `margin`: where it does, another expert is as right.
 fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], by_parts: bool, margin: f64) -> f64 {
     let gpu = gpu();
     let stream = Stream::new(&gpu).unwrap();
@@ -574,8 +573,9 @@ fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], by_parts: bool, margin
         let logits = forward.logits().to_vec().unwrap();
         for ((_, sequence, position), got) in wanted.iter().zip(logits.chunks_exact(tiny.dims.n_vocab as usize)) {
             let want = &expected[*sequence][*position];
+            let largest = want.iter().fold(1.0f64, |largest, logit| largest.max(logit.abs()));
             got.iter().zip(want).for_each(|(got, want)| {
-                let e = (f64::from(*got) - want).abs();
+                let e = (f64::from(*got) - want).abs() / largest;
                 error = if e.is_nan() { f64::INFINITY } else { error.max(e) };
             });
         }
@@ -601,8 +601,8 @@ fn a_model_in_f32_gives_the_logits_of_plain_sums() {
 
 /// Activations are rounded to f16 before every product, keys, values and probabilities too: 2^-11 of numbers around 1, of which the
 /// logits sum many. bf16 keeps three bits less.
-const F16_ERROR: f64 = 2e-2;
-const BF16_ERROR: f64 = 1.5e-1;
+const F16_ERROR: f64 = 8e-3;
+const BF16_ERROR: f64 = 2e-2;
 
 #[test]
 fn models_of_every_format_give_the_logits_of_plain_sums() {
@@ -618,6 +618,7 @@ fn models_of_every_format_give_the_logits_of_plain_sums() {
     ];
     for (seed, d, formats, bound) in cases {
         let error = model_error(&Tiny::random(seed, d, formats), &PASSES, seed % 2 == 0, bound / 2.0);
+        println!("{formats:?}: {error:.1e}");
         assert!(error < bound, "{seed}: {formats:?}: {error}");
     }
 }
