@@ -111,9 +111,7 @@ impl Forward {
         let n_embd = n_row_max * stride as usize;
         let n_hidden = n_row_max * n_choice * stride_ff as usize;
         let n_normalised = n_row_max.max(n_logits_max) * stride as usize;
-        let h = |element: Element| {
-            gpu.alloc::<u8>(WHAT, if any(element) { n_normalised * element.bytes() } else { 0 })
-        };
+        let h = |element: Element| gpu.alloc::<u8>(WHAT, if any(element) { n_normalised * element.bytes() } else { 0 });
         let split = n_row_max.min(SPLIT_ROWS) * MAX_SPLIT as usize;
         let module = |ptx| Module::load(gpu, ptx);
         Ok(Forward {
@@ -163,9 +161,8 @@ impl Forward {
         assert!(!rows.is_empty() && rows.len() <= n, "{} rows of at most {n}", rows.len());
         assert!(logits.len() <= self.n_logits_max, "logits of {} rows", logits.len());
         for row in rows.iter().filter(|row| row.sequence != Row::NO_SEQUENCE) {
-            let fits = row.token < m.n_vocab
-                && row.position < caches.n_ctx.min(m.n_ctx)
-                && row.sequence < caches.n_sequence;
+            let fits =
+                row.token < m.n_vocab && row.position < caches.n_ctx.min(m.n_ctx) && row.sequence < caches.n_sequence;
             assert!(fits, "{row:?}");
         }
         assert!(logits.iter().all(|&row| (row as usize) < rows.len()), "logits of rows that are not there");
@@ -229,6 +226,7 @@ impl Forward {
     /// [`crate::Error::Kernel`].
     pub fn embed(&mut self, stream: &Stream) -> Result<()> {
         let m = self.model.model();
+        self.n_part = 0;
         let grid = Grid { blocks: [self.n_row, 1, 1], threads: 128, shared: 0 };
         let (token, position) = (Arg::value(m.token_embd), m.position_embd);
         let args = args![token, position, self.at(0), self.at(1), self.at(2), self.x, m.n_embd, self.stride];

@@ -102,8 +102,7 @@ impl Format {
     }
 
     pub(super) fn of(matrix: &Matrix) -> Format {
-        const FORMATS: [Format; 6] =
-            [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4K, Format::Q6K];
+        const FORMATS: [Format; 6] = [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4K, Format::Q6K];
         FORMATS[matrix.format as usize]
     }
 
