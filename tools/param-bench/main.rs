@@ -24,7 +24,8 @@ use crate::report::{Report, Row};
 ///
 /// Every test is run once to warm up and then as often as asked. Prefill runs random tokens in batches up to the logits of
 /// the last; decode runs random tokens one at a time, each with its logits, of one sequence or of several together. Loading,
-/// tokenizing and sampling are not part of it. Lists are separated by commas, and every combination is measured.
+/// tokenizing and sampling are not part of it, but on a GPU, which leaves no logits with the CPU, decode takes the most likely
+/// token and goes on with it. Lists are separated by commas, and every combination is measured.
 #[derive(Parser)]
 #[command(version = cli::VERSION)]
 struct Args {
@@ -40,6 +41,9 @@ struct Args {
     /// Numbers of sequences to decode together
     #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
     batch: Vec<u16>,
+    /// Numbers of prompts to prefill together
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+    prompts: Vec<u16>,
     /// Tokens in the context before the test begins
     #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "0")]
     depth: Vec<usize>,
@@ -114,7 +118,9 @@ fn threads(args: &Args) -> Vec<usize> {
 fn tests(args: &Args) -> Vec<Test> {
     let mut tests = Vec::new();
     for &depth in &args.depth {
-        let prefill = args.n_prompt.iter().map(|&n_token| Test { decode: false, n_token, depth, n_sequence: 1 });
+        let prefill = args.n_prompt.iter().flat_map(|&n_token| {
+            args.prompts.iter().map(move |&n| Test { decode: false, n_token, depth, n_sequence: n.into() })
+        });
         let decode = args.n_gen.iter().flat_map(|&n_token| {
             args.batch.iter().map(move |&n| Test { decode: true, n_token, depth, n_sequence: n.into() })
         });

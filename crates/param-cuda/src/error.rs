@@ -16,6 +16,8 @@ pub enum Error {
     Call { call: &'static str, name: String, text: String },
     #[error("out of memory on the GPU: {what} needs {bytes} bytes, {free} of {total} are free")]
     OutOfMemory { what: &'static str, bytes: usize, free: usize, total: usize },
+    #[error("the GPU path takes {what} up to {most}, this is {value}")]
+    Limit { what: &'static str, value: usize, most: usize },
     #[error("kernel `{kernel}`: {cause}")]
     Kernel { kernel: &'static str, cause: Box<Error> },
 }

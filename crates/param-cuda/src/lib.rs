@@ -2,6 +2,7 @@
 //! where there is none, [`open`] says why. Every failure is an [`Error`] that names the call.
 
 mod caches;
+pub mod decode;
 mod device_model;
 mod error;
 mod forward;
