@@ -347,26 +347,14 @@ impl Decoder {
     ///
     /// # Panics
     /// If there are no or too many sequences.
-    pub fn step(
-        &mut self,
-        stream: &Stream,
-        n_sequence: usize,
-        n_step: usize,
-        mode: Mode,
-        pick: Pick,
-    ) -> Result<()> {
+    pub fn step(&mut self, stream: &Stream, n_sequence: usize, n_step: usize, mode: Mode, pick: Pick) -> Result<()> {
         assert!((1..=MAX_SEQUENCE).contains(&n_sequence));
         let top_k = match pick {
             Pick::Logits | Pick::Greedy => 1,
             Pick::Sample => self.top_k[..n_sequence].iter().copied().max().unwrap_or(1),
         };
-        let decode = Decode {
-            n_sequence: n_sequence as u32,
-            n_step: 1,
-            pick: pick as u32,
-            top_k: top_k as u32,
-            ..self.decode
-        };
+        let decode =
+            Decode { n_sequence: n_sequence as u32, n_step: 1, pick: pick as u32, top_k: top_k as u32, ..self.decode };
         match mode {
             Mode::Persistent => {
                 let decode = Decode { n_step: n_step as u32, ..decode };
