@@ -2,20 +2,28 @@
 
 use std::process::{Command, Output};
 
+/// A command of the toolkit, from the folder in `PARAM_BIN` where the tests run on a machine that did not build them.
+fn command(name: &str, built: &str) -> Command {
+    match std::env::var_os("PARAM_BIN") {
+        Some(folder) => Command::new(std::path::Path::new(&folder).join(name)),
+        None => Command::new(built),
+    }
+}
+
 pub fn param_train() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_param-train"))
+    command("param-train", env!("CARGO_BIN_EXE_param-train"))
 }
 
 pub fn param_convert() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_param-convert"))
+    command("param-convert", env!("CARGO_BIN_EXE_param-convert"))
 }
 
 pub fn param_run() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_param-run"))
+    command("param-run", env!("CARGO_BIN_EXE_param-run"))
 }
 
 pub fn param_bench() -> Command {
-    Command::new(env!("CARGO_BIN_EXE_param-bench"))
+    command("param-bench", env!("CARGO_BIN_EXE_param-bench"))
 }
 
 /// Standard output of a command that must succeed.

@@ -1,6 +1,7 @@
 //! The integration tests, one binary.
 
 mod command;
+mod cuda;
 mod fixture;
 mod golden;
 mod hostile;

@@ -13,14 +13,14 @@ use super::{Array, Case, assert_close, cases};
 use crate::command::{output_of, param_convert, param_run};
 
 /// A case's checkpoint as GGUF.
-struct Converted {
+pub struct Converted {
     _folder: tempfile::TempDir,
-    gguf: PathBuf,
-    model: Arc<Model>,
+    pub gguf: PathBuf,
+    pub model: Arc<Model>,
 }
 
 impl Converted {
-    fn new(case: &Case) -> Self {
+    pub fn new(case: &Case) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let gguf = folder.path().join("case.gguf");
         output_of(param_convert().arg(case.checkpoint()).arg(&gguf).args(["--quant", "f32"]));
@@ -34,7 +34,7 @@ impl Converted {
     }
 }
 
-fn ids(array: &Array) -> Vec<u32> {
+pub fn ids(array: &Array) -> Vec<u32> {
     array.ints.iter().map(|&id| id as u32).collect()
 }
 
@@ -42,12 +42,12 @@ fn numbers(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-fn comma_separated(ids: &[u32]) -> String {
+pub fn comma_separated(ids: &[u32]) -> String {
     ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// Names of the sequences of which a case has logits.
-fn sequences(case: &Case) -> Vec<String> {
+pub fn sequences(case: &Case) -> Vec<String> {
     let arrays = case.arrays("eval.npz");
     let names = arrays.keys().filter_map(|n| n.strip_suffix(".input_ids")).map(str::to_owned).collect::<Vec<_>>();
     assert!(!names.is_empty(), "{}: no sequence in eval.npz", case.name());
@@ -120,7 +120,7 @@ fn one_token_at_a_time_and_any_batch_split_give_the_logits_of_a_full_pass() {
     }
 }
 
-fn greedy(session: &mut Session, prompt: &[u32], n: usize) -> Vec<u32> {
+pub fn greedy(session: &mut Session, prompt: &[u32], n: usize) -> Vec<u32> {
     session.prompt(prompt, Overflow::Window).unwrap();
     let options = GenerateOptions {
         n_predict: Some(n),
@@ -132,7 +132,7 @@ fn greedy(session: &mut Session, prompt: &[u32], n: usize) -> Vec<u32> {
 }
 
 /// Prompt and continuation of every greedy run of a case.
-fn greedy_runs(case: &Case) -> Vec<(String, Vec<u32>, Vec<u32>)> {
+pub fn greedy_runs(case: &Case) -> Vec<(String, Vec<u32>, Vec<u32>)> {
     let expected = case.json("eval.json");
     let runs = expected["greedy"].as_object().unwrap();
     assert!(!runs.is_empty(), "{}: no greedy run", case.name());
@@ -140,7 +140,7 @@ fn greedy_runs(case: &Case) -> Vec<(String, Vec<u32>, Vec<u32>)> {
 }
 
 #[test]
-fn greedy_text_equals_the_reference_past_the_contexts_end_on_any_number_of_threads() {
+pub fn greedy_text_equals_the_reference_past_the_contexts_end_on_any_number_of_threads() {
     for case in cases() {
         let converted = Converted::new(&case);
         let mut overflows = false;

@@ -4,6 +4,8 @@
 mod inference;
 mod training;
 
+pub use inference::{Converted, comma_separated, greedy, greedy_runs, ids, sequences};
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

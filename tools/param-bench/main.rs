@@ -12,8 +12,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, ValueEnum};
 use param::cli::{self, Usage};
+use param::device::DeviceArgs;
 use param_kernels::available_threads;
-use param_runtime::{Error, Model};
+use param_runtime::Error;
 
 use crate::machine::{Machine, Probe};
 use crate::measure::{Test, measure};
@@ -23,7 +24,8 @@ use crate::report::{Report, Row};
 ///
 /// Every test is run once to warm up and then as often as asked. Prefill runs random tokens in batches up to the logits of
 /// the last; decode runs random tokens one at a time, each with its logits, of one sequence or of several together. Loading,
-/// tokenizing and sampling are not part of it. Lists are separated by commas, and every combination is measured.
+/// tokenizing and sampling are not part of it, but on a GPU, which leaves no logits with the CPU, decode takes the most likely
+/// token and goes on with it. Lists are separated by commas, and every combination is measured.
 #[derive(Parser)]
 #[command(version = cli::VERSION)]
 struct Args {
@@ -39,6 +41,9 @@ struct Args {
     /// Numbers of sequences to decode together
     #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
     batch: Vec<u16>,
+    /// Numbers of prompts to prefill together
+    #[arg(long, value_name = "N", value_delimiter = ',', default_value = "1", value_parser = clap::value_parser!(u16).range(1..))]
+    prompts: Vec<u16>,
     /// Tokens in the context before the test begins
     #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "0")]
     depth: Vec<usize>,
@@ -54,6 +59,8 @@ struct Args {
     /// Measure what the machine can do: reading memory, and arithmetic in int8, bf16 and f32
     #[arg(long)]
     machine: bool,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// Form of the report
     #[arg(short, long, value_enum, default_value = "table")]
     output: Format,
@@ -87,7 +94,7 @@ fn run(args: &Args) -> Result<ExitCode> {
         }
     }
     for path in &args.model {
-        let model = Model::open(path)?;
+        let model = args.device.open(path)?;
         for n_thread in threads(args) {
             let mut machine = args.bus.then(|| Machine::new(n_thread)).transpose()?;
             for test in tests(args) {
@@ -111,7 +118,9 @@ fn threads(args: &Args) -> Vec<usize> {
 fn tests(args: &Args) -> Vec<Test> {
     let mut tests = Vec::new();
     for &depth in &args.depth {
-        let prefill = args.n_prompt.iter().map(|&n_token| Test { decode: false, n_token, depth, n_sequence: 1 });
+        let prefill = args.n_prompt.iter().flat_map(|&n_token| {
+            args.prompts.iter().map(move |&n| Test { decode: false, n_token, depth, n_sequence: n.into() })
+        });
         let decode = args.n_gen.iter().flat_map(|&n_token| {
             args.batch.iter().map(move |&n| Test { decode: true, n_token, depth, n_sequence: n.into() })
         });

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
-use param_runtime::{Batch, Model, Rows, SessionOptions};
+use param_runtime::{Batch, Model, Rows, Sampler, SamplerOptions, SessionOptions};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -70,12 +70,16 @@ pub fn measure(
             samples.bus.push(machine.measure(Probe::Read));
         }
         let start = Instant::now();
-        let step = if test.decode { 1 } else { test.n_token };
-        for first in (0..test.n_token).step_by(step) {
-            for (sequence, tokens) in tokens.iter().enumerate() {
-                batch.push(sequence, &tokens[first..first + step])?;
+        if test.decode && model.gpu_description().is_some() {
+            generate(&mut batch, &tokens, test.n_token)?;
+        } else {
+            let step = if test.decode { 1 } else { test.n_token };
+            for first in (0..test.n_token).step_by(step) {
+                for (sequence, tokens) in tokens.iter().enumerate() {
+                    batch.push(sequence, &tokens[first..first + step])?;
+                }
+                batch.forward(Rows::Last)?;
             }
-            batch.forward(Rows::Last)?;
         }
         let rate = (test.n_token * test.n_sequence) as f64 / start.elapsed().as_secs_f64();
         if repetition > 0 {
@@ -85,4 +89,19 @@ pub fn measure(
         }
     }
     Ok(samples)
+}
+
+/// Runs `n_token` tokens of each sequence: the first of `tokens`, then what the model finds most likely.
+fn generate(batch: &mut Batch, tokens: &[Vec<u32>], n_token: usize) -> Result<()> {
+    let mut samplers = (0..batch.n_sequence())
+        .map(|_| Sampler::new(&SamplerOptions::greedy()))
+        .collect::<param_runtime::Result<Vec<_>>>()?;
+    let mut next: Vec<u32> = tokens.iter().map(|tokens| tokens[0]).collect();
+    for _ in 0..n_token {
+        for (sequence, &token) in next.iter().enumerate() {
+            batch.push(sequence, &[token])?;
+        }
+        next = batch.sample_all(&mut samplers)?;
+    }
+    Ok(())
 }

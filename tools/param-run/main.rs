@@ -12,6 +12,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use clap::{ArgGroup, Parser, ValueEnum};
 use param::cli::{self, Usage};
+use param::device::DeviceArgs;
 use param_runtime::{
     CacheType, Error, GenerateOptions, Model, Overflow, Rows, SamplerOptions, Session, SessionOptions,
 };
@@ -69,6 +70,8 @@ struct Args {
     /// Write the logits of every prompt token as tensor `logits`, f32 [n_token, n_vocab]
     #[arg(long, value_name = "OUT.safetensors")]
     logits: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
     #[command(flatten, next_help_heading = "Sampling")]
     sampling: SamplingArgs,
 }
@@ -136,7 +139,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<ExitCode> {
     let interrupt = Interrupt::install()?;
     let start = Instant::now();
-    let model = Model::open(&args.model)?;
+    let model = args.device.open(&args.model)?;
     let mut session = Session::new(&model, &session_options(args))?;
     let mut timings = Timings::new(start.elapsed());
     let options = generate_options(args);

@@ -224,9 +224,9 @@ class Block(nn.Module):
 class KvCache:
     """Keys and values of one block: [B, n_head, C, head_dim]."""
 
-    def __init__(self, config, batch, dtype):
+    def __init__(self, config, batch, like):
         shape = (batch, config.num_heads, config.context_length, config.emb_dim // config.num_heads)
-        self.k, self.v, self.n = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype), 0
+        self.k, self.v, self.n = like.new_empty(shape), like.new_empty(shape), 0
 
     def append(self, k, v):
         end = self.n + k.shape[2]
@@ -307,8 +307,7 @@ class Param(nn.Module):
                 nn.init.normal_(module.c_proj, 0.0, 0.02 / (2 * self.config.num_layers) ** 0.5)
 
     def new_caches(self, batch=1):
-        dtype = self.token_emb.weight.dtype
-        return [KvCache(self.config, batch, dtype) for _ in self.transformer_blocks]
+        return [KvCache(self.config, batch, self.token_emb.weight) for _ in self.transformer_blocks]
 
     @classmethod
     def load(cls, folder, dispatch="gather"):

@@ -62,6 +62,12 @@ DEVICE u32 and_or(u32 a, u32 mask, u32 magic) {
     asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(magic));
     return d;
 }
+// Two numbers to f16 in one instruction, `low` in the low half; beyond the range of f16 infinite.
+DEVICE u32 pack_f16(float low, float high) {
+    u32 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
 
 // Reads once: past the first-level cache, and first to be evicted from the second.
 DEVICE int4 load_streaming(const void* p) {

@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use param_kernels::available_threads;
 
+use crate::engine::{Engine, Sizes};
 use crate::error::{Error, Result};
-use crate::forward::{Forward, Span};
-use crate::kv_cache::KvCache;
+use crate::forward::Span;
 use crate::model::Model;
 use crate::sampler::Sampler;
 use crate::session::{Rows, SessionOptions};
@@ -26,8 +26,7 @@ struct Sequence {
 /// of its own.
 pub struct Batch {
     model: Arc<Model>,
-    forward: Forward,
-    caches: Vec<KvCache>,     // [n_sequence]
+    engine: Engine,
     sequences: Vec<Sequence>, // [n_sequence]
     n_ctx: usize,
     n_batch: usize,
@@ -53,12 +52,10 @@ impl Batch {
         let n_batch = options.n_batch.unwrap_or(512).clamp(1, n_ctx.saturating_mul(n_sequence.max(1)));
         // Threads without a CPU would take turns with those they should help.
         let n_thread = options.n_thread.unwrap_or(usize::MAX).min(available_threads());
-        let cache_type = options.cache_type.unwrap_or_else(|| model.default_cache_type());
-        let cache = || KvCache::new(cache_type, config.n_layer, config.n_head, n_ctx, config.head_dim());
         let sequence = || Sequence { tokens: Vec::with_capacity(n_ctx), n_past: 0, logits_row: None };
+        let sizes = Sizes { n_sequence, n_ctx, n_batch, n_thread };
         Ok(Batch {
-            forward: Forward::new(model, n_batch, n_thread)?,
-            caches: (0..n_sequence).map(|_| cache()).collect::<Result<_>>()?,
+            engine: Engine::new(model, sizes, options.cache_type)?,
             sequences: (0..n_sequence).map(|_| sequence()).collect(),
             model: Arc::clone(model),
             n_ctx,
@@ -87,7 +84,7 @@ impl Batch {
 
     /// Threads at work: those asked for, or fewer where the system refused some.
     pub fn n_thread(&self) -> usize {
-        self.forward.n_thread()
+        self.engine.n_thread()
     }
 
     /// A sequence's tokens, whether run already or not.
@@ -142,7 +139,7 @@ impl Batch {
     fn run(&mut self, rows: Rows, mut observer: Observer<'_, '_>) -> Result<&[f32]> {
         let last_row_of = |sequence: &Sequence| sequence.tokens.len().checked_sub(1);
         if rows == Rows::Last && self.sequences.iter().all(|s| s.logits_row.is_some() || s.tokens.is_empty()) {
-            return Ok(self.forward.logits());
+            return Ok(self.engine.logits());
         }
         for sequence in &mut self.sequences {
             sequence.logits_row = None;
@@ -154,7 +151,7 @@ impl Batch {
         while self.fill() {
             // Reborrowed by hand: `as_deref_mut` would tie the observer's own lifetime to the loop.
             let observer = observer.as_mut().map(|o| &mut **o as &mut dyn FnMut(Trace<'_>));
-            self.forward.run(&self.model, &mut self.caches, &self.spans, &self.tokens, observer)?;
+            self.engine.run(&self.model, &self.spans, &self.tokens, observer)?;
             self.wanted.clear();
             for (i, span) in self.spans.iter().enumerate() {
                 let end = self.spans.get(i + 1).map_or(self.tokens.len(), |next| next.first_row);
@@ -171,14 +168,14 @@ impl Batch {
             }
             if !self.wanted.is_empty() {
                 let n_best = if rows == Rows::Last { self.n_best } else { 0 };
-                if let Err(error) = self.forward.head(&self.model, &self.wanted, n_row, n_best) {
+                if let Err(error) = self.engine.head(&self.model, &self.wanted, n_row, n_best) {
                     self.sequences.iter_mut().for_each(|sequence| sequence.logits_row = None);
                     return Err(error);
                 }
             }
             n_row += self.wanted.len();
         }
-        Ok(if n_row > 0 { self.forward.logits() } else { &[] })
+        Ok(if n_row > 0 { self.engine.logits() } else { &[] })
     }
 
     /// Gathers the next tokens to run; false if there are none.
@@ -200,7 +197,7 @@ impl Batch {
     pub fn logits(&self, sequence: usize) -> Option<&[f32]> {
         let n_vocab = self.model.config().n_vocab;
         let row = self.sequences[sequence].logits_row?;
-        Some(&self.forward.logits()[row * n_vocab..(row + 1) * n_vocab])
+        Some(&self.engine.logits()[row * n_vocab..(row + 1) * n_vocab])
     }
 
     /// Chooses the next token of a sequence, running what has not been run of all of them. The token is not added.
@@ -217,8 +214,7 @@ impl Batch {
         }
         let Some(row) = self.sequences[sequence].logits_row else { return Err(Error::EmptyContext) };
         let n_vocab = self.model.config().n_vocab;
-        let logits = &self.forward.logits()[row * n_vocab..(row + 1) * n_vocab];
-        sampler.sample_best(logits, &self.forward.best()[row], &self.sequences[sequence].tokens)
+        self.engine.sample(row, n_vocab, sampler, &self.sequences[sequence].tokens)
     }
 
     /// Forgets all but a sequence's first `n` tokens. Costs nothing: the cache of what remains stays valid.

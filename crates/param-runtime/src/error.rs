@@ -7,6 +7,8 @@ use bytemuck::Zeroable;
 use bytemuck::allocation::try_zeroed_vec;
 use gguf::GgmlType;
 
+use crate::kv_cache::CacheType;
+
 /// Result with this crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -50,8 +52,29 @@ pub enum Error {
     NotFinite { what: String, index: usize, value: f32 },
     #[error("every logit is NaN or -inf: the model file is damaged")]
     NoLogits,
+    #[error("no GPU can be used: {0}")]
+    NoGpu(param_cuda::NoGpu),
+    #[error("on the GPU: {0}")]
+    Gpu(param_cuda::Error),
+    #[error(
+        "the GPU has {available} bytes free, too few for {what}, which need {bytes}: leave blocks or experts to the CPU"
+    )]
+    GpuMemory { what: &'static str, bytes: u64, available: usize },
+    #[error(
+        "a cache of {requested:?} is not available on the GPU, which keeps this model's keys and values in {available:?}"
+    )]
+    GpuCacheType { requested: CacheType, available: CacheType },
+    #[error("hidden states can be shown on the CPU only: open the model there")]
+    GpuTrace,
     #[error("sampling option {option} is {value}: expected {expected}")]
     Sampling { option: &'static str, value: f32, expected: &'static str },
+}
+
+// By hand: as a `#[from]` it would be the source as well, and whoever prints the chain would print it twice.
+impl From<param_cuda::Error> for Error {
+    fn from(error: param_cuda::Error) -> Error {
+        Error::Gpu(error)
+    }
 }
 
 /// `n` zeros that cost nothing until they are touched, or an error where the system refuses the memory.

@@ -1,6 +1,8 @@
 //! The forward pass over one batch of tokens, of one sequence or of several: a plain loop over the blocks, each step run by the
 //! whole team.
 
+use std::ops::Range;
+
 use param_kernels::{Kernels, QUERY_TILE, Team};
 
 use crate::activations::{Activations, ROWS};
@@ -30,6 +32,7 @@ pub(crate) struct Span {
 pub(crate) struct Forward {
     team: Team,
     kernels: &'static Kernels,
+    n_batch: usize,
     scratch: Vec<Scratch>, // [n_thread]
     routing: Routing,
     x: Vec<f32>,             // [n_batch, n_embd] residual stream
@@ -63,6 +66,7 @@ impl Forward {
             scratch: (0..team.n_thread()).map(|_| Scratch::new(config.head_dim())).collect(),
             team,
             kernels: Kernels::get(),
+            n_batch,
             routing: Routing::new(n_batch, config.n_expert, n_used)?,
             x: buffer(n_batch)?,
             y: buffer(n_batch)?,
@@ -94,41 +98,86 @@ impl Forward {
     ) -> Result<()> {
         let config = model.config();
         let n = tokens.len() * config.n_embd;
-        self.embed(model, spans, tokens)?;
-        self.cut_queries(spans, tokens.len());
-        show(&mut observer, Point::Embed, &self.x[..n]);
-        for (i, block) in model.blocks.iter().enumerate() {
-            self.norm(&block.norm1, config.norm_eps, tokens.len(), i > 0, &block.q.weight)?;
-            if i > 0 {
-                show(&mut observer, Point::Out(i - 1), &self.x[..n]);
-            }
-            self.attention(model, block, i, caches, spans, tokens.len())?;
-            self.norm(&block.norm2, config.norm_eps, tokens.len(), true, &block.ffn.up.weight)?;
-            show(&mut observer, Point::AfterAttention(i), &self.x[..n]);
-            show(&mut observer, Point::Norm2(i), &self.normed.floats[..n]);
-            self.feed_forward(model, block, tokens.len())?;
-            if let (Some(_), Some(observer)) = (&block.ffn.router, &mut observer) {
-                let Routing { logits, experts, weights, .. } = &self.routing;
-                observer(Trace::Routing {
-                    block: i,
-                    logits: &logits[..tokens.len() * config.n_expert],
-                    experts: &experts[..tokens.len() * config.n_expert_used],
-                    weights: &weights[..tokens.len() * config.n_expert_used],
-                });
-            }
-            show(&mut observer, Point::Ffn(i), &self.y[..n]);
-        }
-        let (y, kernels) = (&self.y, self.kernels);
-        self.team.for_each_chunk(&mut self.x[..n], ROWS * config.n_embd, |chunk, x| {
-            let start = chunk * ROWS * config.n_embd;
-            kernels.axpy(1.0, &y[start..start + x.len()], x);
-        });
+        self.begin(model, spans, tokens)?;
+        // Reborrowed by hand: `as_deref_mut` would tie the observer's own lifetime to the call.
+        let lent = observer.as_mut().map(|o| &mut **o as &mut dyn FnMut(Trace<'_>));
+        self.blocks(model, caches, spans, tokens.len(), 0..config.n_layer, lent)?;
         if observer.is_some() {
             show(&mut observer, Point::Out(config.n_layer - 1), &self.x[..n]);
             self.norm(&model.output_norm, config.norm_eps, tokens.len(), false, model.head())?;
             show(&mut observer, Point::FinalNorm, &self.normed.floats[..n]);
         }
         Ok(())
+    }
+
+    /// Makes the embeddings of `tokens` the residual stream, which blocks then run on.
+    pub fn begin(&mut self, model: &Model, spans: &[Span], tokens: &[u32]) -> Result<()> {
+        self.embed(model, spans, tokens)?;
+        self.cut_queries(spans, tokens.len());
+        Ok(())
+    }
+
+    /// Runs some consecutive blocks on the residual stream.
+    pub fn blocks(
+        &mut self,
+        model: &Model,
+        caches: &mut [KvCache],
+        spans: &[Span],
+        n_token: usize,
+        blocks: Range<usize>,
+        mut observer: Observer<'_, '_>,
+    ) -> Result<()> {
+        let config = model.config();
+        let n = n_token * config.n_embd;
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        for i in blocks.clone() {
+            let block = &model.blocks[i];
+            let is_first = i == blocks.start;
+            self.norm(&block.norm1, config.norm_eps, n_token, !is_first, &block.q.weight)?;
+            show(&mut observer, if i == 0 { Point::Embed } else { Point::Out(i - 1) }, &self.x[..n]);
+            self.attention(model, block, i, caches, spans, n_token)?;
+            self.norm(&block.norm2, config.norm_eps, n_token, true, &block.ffn.up.weight)?;
+            show(&mut observer, Point::AfterAttention(i), &self.x[..n]);
+            show(&mut observer, Point::Norm2(i), &self.normed.floats[..n]);
+            self.feed_forward(model, block, n_token)?;
+            if let (Some(_), Some(observer)) = (&block.ffn.router, &mut observer) {
+                let Routing { logits, experts, weights, .. } = &self.routing;
+                observer(Trace::Routing {
+                    block: i,
+                    logits: &logits[..n_token * config.n_expert],
+                    experts: &experts[..n_token * config.n_expert_used],
+                    weights: &weights[..n_token * config.n_expert_used],
+                });
+            }
+            show(&mut observer, Point::Ffn(i), &self.y[..n]);
+        }
+        self.add(n);
+        Ok(())
+    }
+
+    /// Runs the feed-forward layer of one block on the residual stream.
+    pub fn ffn(&mut self, model: &Model, block: usize, n_token: usize) -> Result<()> {
+        let config = model.config();
+        let block = &model.blocks[block];
+        self.norm(&block.norm2, config.norm_eps, n_token, false, &block.ffn.up.weight)?;
+        self.feed_forward(model, block, n_token)?;
+        self.add(n_token * config.n_embd);
+        Ok(())
+    }
+
+    /// Adds the first `n` of `y` to the residual stream.
+    fn add(&mut self, n: usize) {
+        let (y, kernels, chunk) = (&self.y, self.kernels, ROWS * self.x.len() / self.n_batch);
+        self.team.for_each_chunk(&mut self.x[..n], chunk, |i, x| {
+            kernels.axpy(1.0, &y[i * chunk..i * chunk + x.len()], x);
+        });
+    }
+
+    /// The residual stream, [n_batch, n_embd].
+    pub fn residual(&mut self) -> &mut [f32] {
+        &mut self.x
     }
 
     /// Logits of rows `rows` of the batch just run, written from row `at` of the logits buffer on, and for each the `n_best` largest

@@ -5,11 +5,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use gguf::{GgmlType, Gguf};
+use param_cuda::NoGpu;
 use param_kernels::{Team, available_threads};
 use param_model::{Config, GGUF_HEAD, Part, Role, Tokenizer, tensors};
 
+use crate::cuda::GpuModel;
 use crate::error::{Error, Result};
 use crate::kv_cache::CacheType;
+use crate::placement::{Device, ModelOptions};
 use crate::weights::{Block, FeedForward, Linear, Matrix, Norm, Router, read_f32};
 
 /// An opened model: read-only, shared by any number of sessions and threads. Matrices stay in the memory-mapped
@@ -23,6 +26,9 @@ pub struct Model {
     pub(crate) output_norm: Norm,
     /// `None` where it is tied to the token embedding.
     pub(crate) head: Option<Matrix>,
+    /// What a GPU holds of it.
+    pub(crate) gpu: Option<GpuModel>,
+    device_note: Option<String>,
     config: Config,
     tokenizer: Option<Tokenizer>,
 }
@@ -34,10 +40,21 @@ impl Model {
     /// An unreadable or malformed file, another architecture, a tensor that is missing, superfluous, of the wrong shape or of a
     /// type that cannot be multiplied, a tokenizer that does not fit the vocabulary.
     pub fn open(path: impl AsRef<Path>) -> Result<Arc<Model>> {
+        Self::open_with(path, &ModelOptions::default())
+    }
+
+    /// Like [`Model::open`], on the device that `options` name.
+    ///
+    /// # Errors
+    /// As [`Model::open`]; with [`Device::Cuda`] also [`Error::NoGpu`] and [`Error::Gpu`].
+    pub fn open_with(path: impl AsRef<Path>, options: &ModelOptions) -> Result<Arc<Model>> {
         let path = path.as_ref();
         // The container's own errors name the file already.
-        let in_file = |cause| Error::File { path: path.to_owned(), cause: Box::new(cause) };
-        Self::from_gguf(Gguf::open(path)?).map_err(in_file)
+        let in_file = |cause| match cause {
+            Error::NoGpu(_) | Error::Gpu(_) | Error::GpuMemory { .. } => cause,
+            cause => Error::File { path: path.to_owned(), cause: Box::new(cause) },
+        };
+        Self::from_gguf_with(Gguf::open(path)?, options).map_err(in_file)
     }
 
     /// Like [`Model::open`], from a file already opened or read into memory.
@@ -45,24 +62,75 @@ impl Model {
     /// # Errors
     /// As [`Model::open`], without the file's path.
     pub fn from_gguf(gguf: Gguf) -> Result<Arc<Model>> {
+        Self::from_gguf_with(gguf, &ModelOptions::default())
+    }
+
+    /// Like [`Model::open_with`], from a file already opened or read into memory.
+    ///
+    /// # Errors
+    /// As [`Model::open_with`], without the file's path.
+    pub fn from_gguf_with(gguf: Gguf, options: &ModelOptions) -> Result<Arc<Model>> {
         let config = Config::from_metadata(gguf.metadata())?;
         let names = check_tensors(&gguf, &config)?;
         let tokenizer = Tokenizer::from_metadata(gguf.metadata())?;
         if let Some(tokenizer) = &tokenizer {
             tokenizer.check_fits(config.n_vocab)?;
         }
-        let mut bind = Bind { gguf: &gguf, names: &names, team: Team::new(available_threads()) };
+        let bind = Bind { gguf: &gguf, names: &names };
         let n_embd = config.n_embd;
-        let mut token_embd = bind.matrix(Part::TokenEmbd, None, config.n_vocab, n_embd)?;
+        let token_embd = bind.matrix(Part::TokenEmbd, None, config.n_vocab, n_embd)?;
         let position_embd = bind.matrix(Part::PositionEmbd, None, config.n_ctx, n_embd)?;
         let blocks = (0..config.n_layer).map(|i| bind.block(&config, i)).collect::<Result<_>>()?;
         let output_norm = bind.norm(Part::OutputNormScale, Part::OutputNormShift, None)?;
-        let mut head = match gguf.tensor(GGUF_HEAD) {
+        let head = match gguf.tensor(GGUF_HEAD) {
             Some(_) => Some(Matrix::new(&gguf, GGUF_HEAD, config.n_vocab, n_embd)?),
             None => None,
         };
-        head.as_mut().unwrap_or(&mut token_embd).repack(&gguf, &mut bind.team)?;
-        Ok(Arc::new(Model { token_embd, position_embd, blocks, output_norm, head, config, tokenizer, gguf }))
+        let (gpu, device_note) = (None, None);
+        let mut model =
+            Model { token_embd, position_embd, blocks, output_norm, head, gpu, device_note, config, tokenizer, gguf };
+        match options.device {
+            Device::Cpu => {}
+            Device::Cuda => model.gpu = Some(GpuModel::new(&model, options)?),
+            Device::Auto => match GpuModel::new(&model, options) {
+                Ok(gpu) => model.gpu = Some(gpu),
+                // What nobody has is not missing.
+                Err(Error::NoGpu(NoGpu::NoDriver | NoGpu::NoDevice)) => {}
+                Err(error) => model.device_note = Some(error.to_string()),
+            },
+        }
+        model.repack()?;
+        Ok(Arc::new(model))
+    }
+
+    /// Repacks the matrices that the CPU multiplies by.
+    fn repack(&mut self) -> Result<()> {
+        let Model { gguf, config, blocks, token_embd, head, gpu, .. } = self;
+        let team = &mut Team::new(available_threads());
+        let placement = gpu.as_ref().map(|gpu| gpu.placement);
+        for (i, block) in blocks.iter_mut().enumerate() {
+            let Block { q, k, v, out, ffn, .. } = block;
+            if !placement.is_some_and(|placement| placement.has_attention(i)) {
+                [q, k, v, out].into_iter().try_for_each(|linear| linear.weight.repack(gguf, team))?;
+            }
+            if !placement.is_some_and(|placement| placement.has_ffn(config, i)) {
+                [&mut ffn.up, &mut ffn.down].into_iter().try_for_each(|linear| linear.weight.repack(gguf, team))?;
+            }
+        }
+        if placement.is_none() {
+            head.as_mut().unwrap_or(token_embd).repack(gguf, team)?;
+        }
+        Ok(())
+    }
+
+    /// Where it runs, in words: the GPU's name and what of the model it holds; `None` on the CPU.
+    pub fn gpu_description(&self) -> Option<String> {
+        self.gpu.as_ref().map(|gpu| gpu.describe(self))
+    }
+
+    /// Why [`Device::Auto`] does not use the GPU that there is.
+    pub fn device_note(&self) -> Option<&str> {
+        self.device_note.as_deref()
     }
 
     /// The hyperparameters.
@@ -157,7 +225,6 @@ fn check_tensors(gguf: &Gguf, config: &Config) -> Result<Names> {
 struct Bind<'a> {
     gguf: &'a Gguf,
     names: &'a Names,
-    team: Team,
 }
 
 impl Bind<'_> {
@@ -179,9 +246,8 @@ impl Bind<'_> {
         Ok(Norm { scale: read(scale)?, shift: read(shift)? })
     }
 
-    fn linear(&mut self, role: Part, bias: Part, block: usize, n_row: usize, n_col: usize) -> Result<Linear> {
+    fn linear(&self, role: Part, bias: Part, block: usize, n_row: usize, n_col: usize) -> Result<Linear> {
         let mut weight = self.matrix(role, Some(block), n_row, n_col)?;
-        weight.repack(self.gguf, &mut self.team)?;
         // Every later block sees what rounding to int8 costs here, against a residual stream that is still small: most of the
         // divergence comes from it, and quantizing these activations twice costs about 1% of a prefill.
         weight.fine = block == 0 && matches!(role, Part::AttnQ | Part::AttnK | Part::AttnV | Part::AttnOut);
@@ -193,10 +259,10 @@ impl Bind<'_> {
         self.name(part, Some(block)).map_or(Ok(Vec::new()), |name| read_f32(self.gguf, name))
     }
 
-    fn block(&mut self, config: &Config, block: usize) -> Result<Block> {
+    fn block(&self, config: &Config, block: usize) -> Result<Block> {
         let (n_embd, n_ff) = (config.n_embd, config.n_ff());
         let at = Some(block);
-        let mut square = |weight, bias| self.linear(weight, bias, block, n_embd, n_embd);
+        let square = |weight, bias| self.linear(weight, bias, block, n_embd, n_embd);
         let q = square(Part::AttnQ, Part::AttnQBias)?;
         let k = square(Part::AttnK, Part::AttnKBias)?;
         let v = square(Part::AttnV, Part::AttnVBias)?;

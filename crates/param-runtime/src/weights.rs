@@ -15,7 +15,7 @@ pub(crate) struct Matrix {
     pub kernel: DotKernel,
     /// Outputs.
     pub n_row: usize,
-    n_col: usize,
+    pub n_col: usize,
     pub row_bytes: usize,
     /// Whether its activations are quantized to 15 bits, where int8 alone would cost quality.
     pub fine: bool,

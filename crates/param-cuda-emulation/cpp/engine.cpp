@@ -1,0 +1,777 @@
+// Fibers, their schedule, and what they wait for.
+#include "launch.h"
+#include <mutex>
+#include <pthread.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string>
+#include <sys/mman.h>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#define ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define ASAN 1
+#endif
+#endif
+#ifdef ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulation {
+__thread Fiber* current __attribute__((tls_model("initial-exec"))) = nullptr;
+
+// ---- Switching stacks ----
+
+static const size_t STACK_BYTES = 256 << 10; // pages that a kernel never touches cost nothing
+
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+    u32 group;
+};
+#if !defined(__x86_64__)
+} // namespace emulation
+#include <ucontext.h>
+namespace emulation {
+struct Context {
+    ucontext_t saved;
+};
+static void save_and_load(Context* save, Context* load) { swapcontext(&save->saved, &load->saved); }
+static void prepare(Context* c, char* low, size_t n, void (*entry)()) {
+    getcontext(&c->saved);
+    c->saved.uc_stack.ss_sp = low;
+    c->saved.uc_stack.ss_size = n;
+    c->saved.uc_link = nullptr;
+    makecontext(&c->saved, entry, 0);
+}
+#else
+struct Context {
+    void* sp;
+};
+extern "C" void param_emulation_switch(void** save, void* load);
+// What a called function must leave as it was: six registers and the stack. Kernels leave the modes of the float units alone.
+asm(R"(
+.text
+.p2align 4
+.hidden param_emulation_switch
+.globl param_emulation_switch
+.type param_emulation_switch,@function
+param_emulation_switch:
+    pushq %rbp
+    pushq %rbx
+    pushq %r12
+    pushq %r13
+    pushq %r14
+    pushq %r15
+    movq %rsp, (%rdi)
+    movq %rsi, %rsp
+    popq %r15
+    popq %r14
+    popq %r13
+    popq %r12
+    popq %rbx
+    popq %rbp
+    ret
+.size param_emulation_switch,.-param_emulation_switch
+)");
+static void save_and_load(Context* save, Context* load) { param_emulation_switch(&save->sp, load->sp); }
+static void prepare(Context* c, char* low, size_t n, void (*entry)()) {
+    void** top = (void**)(low + n);
+    *--top = nullptr; // where the entry would return to: it does not
+    *--top = (void*)entry;
+    for (int i = 0; i < 6; i++) *--top = nullptr;
+    c->sp = top;
+}
+#endif
+
+struct Stack {
+    Context context;
+    char* low;
+    size_t size; // less than the memory's: see below
+    void* fake;  // AddressSanitizer's
+    std::vector<Copy> copies;
+    u32 n_group;
+};
+
+static std::mutex pool_lock;
+static std::vector<Stack*> pool; // of threads that have ended
+
+static Stack* new_stack() {
+    static u32 n_made;
+    {
+        std::lock_guard<std::mutex> guard(pool_lock);
+        if (!pool.empty()) {
+            Stack* s = pool.back();
+            pool.pop_back();
+            return s;
+        }
+        n_made++;
+    }
+    void* p = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) {
+        fprintf(stderr, "param-cuda-emulation: no memory for a stack\n");
+        abort();
+    }
+    mprotect(p, 4096, PROT_NONE);
+    Stack* s = new Stack();
+    s->low = (char*)p + 4096;
+    // Tops that differ in the low bits of their address: else all would lie in the same few lines of the cache.
+    s->size = STACK_BYTES - 4096 - (n_made * 7 % 32) * 128;
+    return s;
+}
+
+// ---- Blocks ----
+
+struct Meeting {
+    u32 mask, arrived;
+    Kind kind;
+    Place place;
+    Complete* complete;
+};
+struct Warp {
+    Block* block;
+    u32 first; // fiber
+    u32 exists, ended;
+    u32 ready, waiting, paused; // `waiting` at the block's barrier
+    u32 n_meeting;
+    void* lanes[32];
+    Meeting meetings[32];
+};
+struct SharedVariable {
+    u8* data;
+    size_t size;
+    u64 epoch;
+};
+struct Block {
+    Index index;
+    u32 n_thread, n_arrived, n_ended;
+    Place barrier;
+    u64 epoch; // of what its memory holds
+    u8* dynamic;
+    size_t dynamic_size;
+    size_t static_size;
+    std::vector<SharedVariable> variables;
+};
+
+#ifdef ASAN
+static const size_t GUARD = 0; // it has its own
+#else
+static const size_t GUARD = 128;
+#endif
+static u8* new_memory(size_t n) {
+    void* p = nullptr;
+    if (posix_memalign(&p, 128, n + GUARD ? n + GUARD : 1)) abort();
+    memset(p, 0xCD, n);
+    memset((u8*)p + n, 0xFB, GUARD);
+    return (u8*)p;
+}
+static bool guard_holds(const u8* p, size_t n) {
+    for (size_t i = 0; i < GUARD; i++)
+        if (p[n + i] != 0xFB) return false;
+    return true;
+}
+
+struct Engine {
+    Task task;
+    Schedule schedule;
+    std::vector<Fiber> fibers;
+    std::vector<Warp> warps;
+    std::vector<Block> blocks;
+    std::vector<Stack*> stacks; // free ones
+    Context host;
+    void* host_fake = nullptr;
+    const void* host_low = nullptr;
+    size_t host_size = 0;
+    u32 n_fiber, n_warp, n_block, n_live, warps_per_block;
+    u32 at_warp, at_lane; // where the schedule is
+    u64 random, n_progress, seen_progress, n_idle, epoch = 0;
+    int code;
+    std::string text;
+
+    u32 draw() {
+        random ^= random << 13, random ^= random >> 7, random ^= random << 17;
+        return (u32)(random >> 32);
+    }
+    Fiber* pick();
+    Fiber* take(u32 warp, u32 lane);
+    void resume(Context* from, void** fake, Fiber* next);
+    void leave();
+    [[noreturn]] void to_host();
+    [[noreturn]] void stuck();
+    void run_blocks(const u32* order, u32 n);
+    ~Engine() {
+        std::lock_guard<std::mutex> guard(pool_lock);
+        pool.insert(pool.end(), stacks.begin(), stacks.end());
+        for (Block& b : blocks) {
+            free(b.dynamic);
+            for (SharedVariable& v : b.variables) free(v.data);
+        }
+    }
+};
+static Engine& engine_of_thread() {
+    static pthread_key_t key;
+    static const int made = pthread_key_create(&key, [](void* e) { delete (Engine*)e; });
+    (void)made;
+    Engine* e = (Engine*)pthread_getspecific(key);
+    if (!e) pthread_setspecific(key, e = new Engine());
+    return *e;
+}
+
+static u32 nth_bit(u32 mask, u32 n) {
+    while (n--) mask &= mask - 1;
+    return (u32)__builtin_ctz(mask);
+}
+
+Fiber* Engine::take(u32 warp, u32 lane) {
+    at_warp = warp, at_lane = lane;
+    warps[warp].ready &= ~(1u << lane);
+    return &fibers[warps[warp].first + lane];
+}
+
+// Who runs next: a warp keeps on while any of its lanes can, so that it gets as far ahead of the others as the kernel lets it.
+Fiber* Engine::pick() {
+    for (;;) {
+        u32 ready = warps[at_warp].ready;
+        switch (schedule.order) {
+        case ASCENDING:
+            if (ready) {
+                u32 above = ready & ~((2u << at_lane) - 1);
+                return take(at_warp, (u32)__builtin_ctz(above ? above : ready));
+            }
+            for (u32 i = 1; i <= n_warp; i++) {
+                u32 w = (at_warp + i) % n_warp;
+                if (warps[w].ready) return take(w, (u32)__builtin_ctz(warps[w].ready));
+            }
+            break;
+        case REVERSED:
+            if (ready) {
+                u32 below = ready & ((1u << at_lane) - 1);
+                return take(at_warp, 31 - (u32)__builtin_clz(below ? below : ready));
+            }
+            for (u32 i = 1; i <= n_warp; i++) {
+                u32 w = (at_warp + n_warp - i) % n_warp;
+                if (warps[w].ready) return take(w, 31 - (u32)__builtin_clz(warps[w].ready));
+            }
+            break;
+        case RANDOM:
+            u32 r = draw();
+            if (ready && r % 8) return take(at_warp, nth_bit(ready, (r >> 8) % (u32)__builtin_popcount(ready)));
+            u32 start = (r >> 8) % n_warp;
+            for (u32 i = 0; i < n_warp; i++) {
+                u32 w = (start + i) % n_warp, m = warps[w].ready;
+                if (m) return take(w, nth_bit(m, draw() % (u32)__builtin_popcount(m)));
+            }
+            break;
+        }
+        // Nobody can go on but those that wait for others in a loop.
+        bool any = false;
+        for (u32 w = 0; w < n_warp; w++) {
+            any |= warps[w].paused != 0;
+            warps[w].ready |= warps[w].paused;
+            warps[w].paused = 0;
+        }
+        if (!any) {
+            if (n_live) stuck();
+            return nullptr;
+        }
+        if (n_progress != seen_progress) seen_progress = n_progress, n_idle = 0;
+        else if (++n_idle > 5000) stuck();
+    }
+}
+
+static std::string format(const char* f, va_list args) {
+    char buffer[1024];
+    vsnprintf(buffer, sizeof buffer, f, args);
+    return buffer;
+}
+static std::string print(const char* f, ...) __attribute__((format(printf, 1, 2)));
+static std::string print(const char* f, ...) {
+    va_list args;
+    va_start(args, f);
+    std::string s = format(f, args);
+    va_end(args);
+    return s;
+}
+static std::string name(Index i) { return print("(%u, %u, %u)", i.x, i.y, i.z); }
+static std::string name(Place p) {
+    const char* slash = strrchr(p.file, '/');
+    return print("%s:%d", slash ? slash + 1 : p.file, p.line);
+}
+static bool same(Place a, Place b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
+static const char* const KINDS[] = {"shuffle", "vote", "__syncwarp", "load_matrix4", "mma"};
+
+void Engine::stuck() {
+    std::string s = "threads wait for each other, and none can go on:";
+    u32 n_told = 0;
+    for (u32 b = 0; b < n_block && n_told < 6; b++) {
+        Block& block = blocks[b];
+        if (block.n_arrived) {
+            s += print(" %u of %u threads of block %s at the barrier of %s;", block.n_arrived, block.n_thread, name(block.index).c_str(),
+                       name(block.barrier).c_str());
+            n_told++;
+        }
+        for (u32 w = b * warps_per_block; w < (b + 1) * warps_per_block && n_told < 6; w++) {
+            for (u32 m = 0; m < warps[w].n_meeting; m++) {
+                Meeting& meeting = warps[w].meetings[m];
+                s += print(" lanes %08x of %08x in warp %u of block %s at the %s of %s;", meeting.arrived, meeting.mask, w % warps_per_block,
+                           name(block.index).c_str(), KINDS[meeting.kind], name(meeting.place).c_str());
+                n_told++;
+            }
+            if (warps[w].ready) {
+                s += print(" lanes %08x in warp %u of block %s in a loop;", warps[w].ready, w % warps_per_block, name(block.index).c_str());
+                n_told++;
+            }
+        }
+    }
+    if (!task.cooperative && task.shape.grid.x * task.shape.grid.y * task.shape.grid.z > 1)
+        s += " (blocks of a launch that is not cooperative run one after another)";
+    fault(ERROR_TIMEOUT, "%s", s.c_str());
+}
+
+void Engine::resume(Context* from, void** fake, Fiber* next) {
+    current = next;
+    if (!next->stack) {
+        if (stacks.empty()) stacks.push_back(new_stack());
+        Stack* s = next->stack = stacks.back();
+        stacks.pop_back();
+        s->copies.clear();
+        s->n_group = 0;
+#ifdef ASAN
+        __asan_unpoison_memory_region(s->low, s->size);
+#endif
+        extern void run_fibers();
+        prepare(&s->context, s->low, s->size, run_fibers);
+    }
+#ifdef ASAN
+    __sanitizer_start_switch_fiber(fake, next->stack->low, next->stack->size);
+#endif
+    (void)fake;
+    save_and_load(from, &next->stack->context);
+#ifdef ASAN
+    if (fake) __sanitizer_finish_switch_fiber(*fake, nullptr, nullptr);
+#endif
+}
+
+// The thread cannot go on by itself.
+void Engine::leave() {
+    Fiber* me = current;
+    Fiber* next = pick();
+    if (next == me) return;
+    resume(&me->stack->context, &me->stack->fake, next);
+}
+
+void Engine::to_host() {
+    Context gone;
+#ifdef ASAN
+    __sanitizer_start_switch_fiber(nullptr, host_low, host_size);
+#endif
+    save_and_load(&gone, &host);
+    __builtin_unreachable();
+}
+
+static void thread_ends() {
+    Fiber* f = current;
+    Warp* w = f->warp;
+    Block* b = f->block;
+    w->ended |= 1u << f->lane;
+    w->lanes[f->lane] = nullptr;
+    b->n_ended++;
+    current->engine->n_live--;
+    current->engine->n_progress++;
+    if (b->n_arrived)
+        fault(ERROR_TIMEOUT, "thread %s of block %s ended while %u threads wait at the barrier of %s", name(f->thread).c_str(),
+              name(b->index).c_str(), b->n_arrived, name(b->barrier).c_str());
+    for (u32 i = w->n_meeting; i-- > 0;) {
+        Meeting m = w->meetings[i];
+        if (!(m.mask >> f->lane & 1)) continue;
+        if (m.kind == LOAD_MATRIX || m.kind == MULTIPLY)
+            fault(ERROR_TIMEOUT, "thread %s of block %s ended while its warp waits at the %s of %s", name(f->thread).c_str(), name(b->index).c_str(),
+                  KINDS[m.kind], name(m.place).c_str());
+        w->meetings[i].mask &= ~(1u << f->lane);
+        if (w->meetings[i].mask != m.arrived) continue;
+        w->meetings[i] = w->meetings[--w->n_meeting];
+        void* lanes[32];
+        for (int l = 0; l < 32; l++) lanes[l] = m.arrived >> l & 1 ? w->lanes[l] : nullptr;
+        m.complete(lanes);
+        w->ready |= m.arrived;
+    }
+}
+
+// A stack runs one thread after another, until one that has its own is next.
+void run_fibers() {
+#ifdef ASAN
+    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+#endif
+    for (;;) {
+        Fiber* me = current;
+        current->engine->task.kernel->invoke(current->engine->task.arguments);
+        thread_ends();
+        Fiber* next = current->engine->pick();
+        Stack* s = me->stack;
+        me->stack = nullptr;
+        if (next && !next->stack) {
+            next->stack = s;
+            s->copies.clear();
+            s->n_group = 0;
+            current = next;
+            continue;
+        }
+        current->engine->stacks.push_back(s); // nobody takes it before it is left
+        if (!next) current->engine->to_host();
+        current->engine->resume(&s->context, nullptr, next);
+    }
+}
+
+void fault(int code, const char* f, ...) {
+    va_list args;
+    va_start(args, f);
+    std::string s = format(f, args);
+    va_end(args);
+    if (!current) {
+        fprintf(stderr, "param-cuda-emulation: %s\n", s.c_str());
+        abort();
+    }
+    current->engine->code = code;
+    current->engine->text = print("kernel %s: ", current->engine->task.kernel->name) + s;
+    std::string().swap(s); // this stack is never unwound
+    current->engine->to_host();
+}
+
+void Engine::run_blocks(const u32* order, u32 n) {
+    const Index grid = task.shape.grid, block = task.shape.block;
+    u32 per = block.x * block.y * block.z;
+    n_block = n, n_fiber = n * per, n_live = n_fiber;
+    warps_per_block = (per + 31) / 32, n_warp = n * warps_per_block;
+    if (fibers.size() < n_fiber) fibers.resize(n_fiber);
+    if (warps.size() < n_warp) warps.resize(n_warp);
+    if (blocks.size() < n) blocks.resize(n);
+    for (u32 i = 0; i < n; i++) {
+        Block& b = blocks[i];
+        b.index = Index{order[i] % grid.x, order[i] / grid.x % grid.y, order[i] / grid.x / grid.y};
+        b.n_thread = per, b.n_arrived = b.n_ended = 0, b.epoch = ++epoch, b.static_size = 0;
+        if (!b.dynamic || b.dynamic_size != task.dynamic_shared) {
+            free(b.dynamic);
+            b.dynamic = new_memory(task.dynamic_shared), b.dynamic_size = task.dynamic_shared;
+        } else memset(b.dynamic, 0xCD, b.dynamic_size);
+        for (u32 k = 0; k < warps_per_block; k++) {
+            Warp& w = warps[i * warps_per_block + k];
+            u32 lanes = per - 32 * k < 32 ? per - 32 * k : 32;
+            w.block = &b, w.first = i * per + 32 * k, w.n_meeting = 0;
+            w.exists = lanes == 32 ? ~0u : (1u << lanes) - 1;
+            w.ready = w.exists, w.ended = w.waiting = w.paused = 0;
+            memset(w.lanes, 0, sizeof w.lanes);
+        }
+        Fiber* f = &fibers[i * per];
+        Index t = {0, 0, 0};
+        for (u32 k = 0; k < per; k++, f++) {
+            *f = Fiber{t, k % 32, &b.index, &task.shape, this, &b, &warps[i * warps_per_block + k / 32], nullptr, nullptr, 0};
+            if (++t.x == block.x) {
+                t.x = 0;
+                if (++t.y == block.y) t.y = 0, t.z++;
+            }
+        }
+    }
+    n_progress = seen_progress = n_idle = 0;
+    // The first to run is the schedule's first.
+    at_warp = schedule.order == REVERSED ? 0 : n_warp - 1;
+    at_lane = 31;
+    if (schedule.order != RANDOM) {
+        u32 w = schedule.order == REVERSED ? n_warp - 1 : 0;
+        at_warp = w, at_lane = schedule.order == REVERSED ? 32 - 1 : 0;
+        u32 m = warps[w].ready;
+        resume(&host, &host_fake, take(w, schedule.order == REVERSED ? 31 - (u32)__builtin_clz(m) : (u32)__builtin_ctz(m)));
+    } else resume(&host, &host_fake, pick());
+    current = nullptr;
+    if (code) {
+        // Threads that were left in the middle.
+        for (u32 i = 0; i < n_fiber; i++)
+            if (fibers[i].stack) stacks.push_back(fibers[i].stack), fibers[i].stack = nullptr;
+    }
+    for (u32 i = 0; i < n; i++) {
+        Block& b = blocks[i];
+        bool holds = guard_holds(b.dynamic, b.dynamic_size);
+        if (!holds) memset(b.dynamic + b.dynamic_size, 0xFB, GUARD);
+        for (SharedVariable& v : b.variables) {
+            if (v.epoch != b.epoch || guard_holds(v.data, v.size)) continue;
+            holds = false;
+            memset(v.data + v.size, 0xFB, GUARD);
+        }
+        if (!holds && !code) {
+            code = ERROR_ILLEGAL_ADDRESS;
+            text = print("kernel %s: block %s wrote beyond its shared memory", task.kernel->name, name(b.index).c_str());
+        }
+    }
+}
+
+int run(const Task& task, Schedule schedule) {
+    Engine& e = engine_of_thread();
+    e.task = task, e.schedule = schedule, e.code = 0;
+    e.text.clear();
+    e.random = (schedule.seed + 1) * 0x9E3779B97F4A7C15ull | 1;
+    for (int i = 0; i < 4; i++) e.draw();
+#ifdef ASAN
+    pthread_attr_t attributes;
+    void* low = nullptr;
+    if (!pthread_getattr_np(pthread_self(), &attributes)) {
+        pthread_attr_getstack(&attributes, &low, &e.host_size);
+        pthread_attr_destroy(&attributes);
+    }
+    e.host_low = low;
+#endif
+    u32 n = task.shape.grid.x * task.shape.grid.y * task.shape.grid.z;
+    std::vector<u32> order(n);
+    for (u32 i = 0; i < n; i++) order[i] = schedule.order == REVERSED && !task.cooperative ? n - 1 - i : i;
+    if (schedule.order == RANDOM)
+        for (u32 i = n; i > 1; i--) std::swap(order[i - 1], order[e.draw() % i]);
+    if (task.cooperative) e.run_blocks(order.data(), n);
+    else
+        for (u32 i = 0; i < n && !e.code; i++) e.run_blocks(&order[i], 1);
+    if (e.code) fprintf(stderr, "param-cuda-emulation: %s\n", e.text.c_str());
+    return e.code;
+}
+const char* last_fault() { return engine_of_thread().text.c_str(); }
+
+// ---- What kernels call ----
+
+void sync_block(Place place) {
+    Fiber* f = current;
+    Block* b = f->block;
+    if (b->n_ended)
+        fault(ERROR_TIMEOUT, "thread %s of block %s is at the barrier of %s, while %u threads have ended", name(f->thread).c_str(),
+              name(b->index).c_str(), name(place).c_str(), b->n_ended);
+    if (b->n_arrived && !same(b->barrier, place))
+        fault(ERROR_TIMEOUT, "thread %s of block %s is at the barrier of %s, others are at that of %s", name(f->thread).c_str(),
+              name(b->index).c_str(), name(place).c_str(), name(b->barrier).c_str());
+    b->barrier = place;
+    if (++b->n_arrived < b->n_thread) {
+        f->warp->waiting |= 1u << f->lane;
+        current->engine->leave();
+        return;
+    }
+    b->n_arrived = 0;
+    current->engine->n_progress++;
+    for (Warp *w = &current->engine->warps[(size_t)(b - current->engine->blocks.data()) * current->engine->warps_per_block],
+              *end = w + current->engine->warps_per_block;
+         w < end; w++) {
+        w->ready |= w->waiting;
+        w->waiting = 0;
+    }
+    // The last to come is not always the first to go on.
+    f->warp->ready |= 1u << f->lane;
+    current->engine->leave();
+}
+
+void meet(Kind kind, u32 mask, void* mine, Complete* complete, Place place) {
+    Fiber* f = current;
+    Warp* w = f->warp;
+    u32 bit = 1u << f->lane;
+    if (!(mask & bit))
+        fault(ERROR_LAUNCH_FAILED, "thread %s calls the %s of %s with mask %08x, which leaves it out", name(f->thread).c_str(), KINDS[kind],
+              name(place).c_str(), mask);
+    bool whole = kind == LOAD_MATRIX || kind == MULTIPLY;
+    if (whole && (w->exists != ~0u || w->ended))
+        fault(ERROR_LAUNCH_FAILED, "the %s of %s needs all lanes of a warp", KINDS[kind], name(place).c_str());
+    mask &= w->exists & ~w->ended;
+    Meeting* m = nullptr;
+    for (u32 i = 0; i < w->n_meeting; i++) {
+        Meeting& other = w->meetings[i];
+        if (!(other.mask & mask)) continue;
+        if (other.mask != mask || other.kind != kind || !same(other.place, place))
+            fault(ERROR_TIMEOUT, "lanes of a warp are apart: thread %s of block %s is at the %s of %s (mask %08x), others are at the %s of %s (mask %08x)",
+                  name(f->thread).c_str(), name(f->block->index).c_str(), KINDS[kind], name(place).c_str(), mask, KINDS[other.kind],
+                  name(other.place).c_str(), other.mask);
+        m = &other;
+    }
+    if (!m) {
+        m = &w->meetings[w->n_meeting++];
+        *m = Meeting{mask, 0, kind, place, complete};
+    }
+    w->lanes[f->lane] = mine;
+    m->arrived |= bit;
+    if (m->arrived == mask) {
+        w->n_meeting--;
+        *m = w->meetings[w->n_meeting];
+        if (mask == ~0u) complete(w->lanes);
+        else {
+            void* lanes[32];
+            for (int i = 0; i < 32; i++) lanes[i] = mask >> i & 1 ? w->lanes[i] : nullptr;
+            complete(lanes);
+        }
+        current->engine->n_progress++;
+        w->ready |= mask;
+    }
+    current->engine->leave();
+}
+
+void wait_for_others() {
+    Fiber* f = current;
+    f->warp->paused |= 1u << f->lane;
+    current->engine->leave();
+}
+void progress() {
+    current->engine->n_progress++;
+    current->last_read = nullptr;
+    if (current->engine->schedule.order == RANDOM && current->engine->draw() % 4 == 0) {
+        current->warp->ready |= 1u << current->lane;
+        current->engine->leave();
+    }
+}
+void reads(const void* p, u64 value) {
+    Fiber* f = current;
+    bool again = f->last_read == p && f->last_value == value;
+    f->last_read = p, f->last_value = value;
+    if (again) wait_for_others();
+}
+
+void* dynamic_shared() { return current->block->dynamic; }
+
+static u32 n_slot;
+void* SharedSlot::at(size_t size, size_t align) {
+    u32 i = __atomic_load_n(&index, __ATOMIC_RELAXED);
+    if (!i) {
+        u32 none = 0, fresh = __atomic_add_fetch(&n_slot, 1, __ATOMIC_RELAXED);
+        i = __atomic_compare_exchange_n(&index, &none, fresh, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED) ? fresh : none;
+    }
+    Block* b = current->block;
+    if (b->variables.size() <= i) b->variables.resize(i + 1, SharedVariable{nullptr, 0, 0});
+    SharedVariable& v = b->variables[i];
+    if (v.epoch == b->epoch) return v.data;
+    if (!v.data) v.data = new_memory(size), v.size = size;
+    else memset(v.data, 0xCD, size);
+    v.epoch = b->epoch;
+    b->static_size += (size + align - 1) / align * align;
+    if (b->static_size > 48 << 10)
+        fault(ERROR_LAUNCH_FAILED, "%zu bytes of static shared memory: a GPU gives at most 48 KB", b->static_size);
+    return v.data;
+}
+void check_shared(const void* p, size_t n, const char* what) {
+    Block* b = current->block;
+    const u8* q = (const u8*)p;
+    if ((uintptr_t)p % 16) fault(ERROR_MISALIGNED, "%s: its shared memory begins at no multiple of 16 bytes", what);
+    if (q >= b->dynamic && q + n <= b->dynamic + b->dynamic_size) return;
+    for (SharedVariable& v : b->variables)
+        if (v.epoch == b->epoch && q >= v.data && q + n <= v.data + v.size) return;
+    fault(ERROR_ILLEGAL_ADDRESS, "thread %s of block %s: %s outside of the block's shared memory", name(current->thread).c_str(),
+          name(b->index).c_str(), what);
+}
+
+void copy_async(void* shared, const void* global, int bytes) {
+    check_shared(shared, 16, "copy_async");
+    if ((uintptr_t)global % 16) fault(ERROR_MISALIGNED, "copy_async from no multiple of 16 bytes");
+    if (bytes < 0 || bytes > 16) fault(ERROR_LAUNCH_FAILED, "copy_async of %d bytes", bytes);
+    Stack* s = current->stack;
+    s->copies.push_back(Copy{shared, global, bytes, s->n_group});
+    memset(shared, 0xCD, 16); // what lies there until the wait is anything
+}
+void copy_async_commit() { current->stack->n_group++; }
+void copy_async_wait(u32 n_pending) {
+    Stack* s = current->stack;
+    size_t n = 0;
+    for (; n < s->copies.size() && s->copies[n].group + n_pending < s->n_group; n++) {
+        const Copy& c = s->copies[n];
+        memcpy(c.to, c.from, (size_t)c.bytes);
+        memset((u8*)c.to + c.bytes, 0, (size_t)(16 - c.bytes));
+    }
+    s->copies.erase(s->copies.begin(), s->copies.begin() + (long)n);
+}
+
+float from_f16(u16 h) {
+    u32 u = (u32)(h & 0x7fff) << 13;
+    float x;
+    memcpy(&x, &u, 4);
+    x *= 5.192296858534828e33f; // 2^112: the difference of the exponents' biases; subnormal numbers come out right
+    memcpy(&u, &x, 4);
+    if ((h & 0x7c00) == 0x7c00) u |= 0x7f800000u;
+    u |= (u32)(h & 0x8000) << 16;
+    memcpy(&x, &u, 4);
+    return x;
+}
+u16 round_f16(double x) {
+    u64 b;
+    memcpy(&b, &x, 8);
+    u16 sign = (u16)(b >> 48 & 0x8000);
+    b &= ~(1ull << 63);
+    double a;
+    memcpy(&a, &b, 8);
+    if (a != a) return 0x7fff;
+    if (a >= 65520.0) return sign | 0x7c00;
+    if (a < 6.103515625e-05) return sign | (u16)((a * 16777216.0 + 4503599627370496.0) - 4503599627370496.0);
+    b += (1ull << 41) - 1 + (b >> 42 & 1);
+    return sign | (u16)(((b >> 52) - 1008) << 10 | (b >> 42 & 1023));
+}
+// One rounding of a sum that f64 may not hold: to odd first, then to f16.
+static u16 fma_f16(u16 a, u16 b, u16 c) {
+    double p = (double)from_f16(a) * from_f16(b), z = from_f16(c);
+    double s = p + z, t = s - p, e = (p - (s - t)) + (z - t);
+    if (e != 0 && s - s == 0) {
+        u64 u;
+        memcpy(&u, &s, 8);
+        if (!(u & 1)) u += (e > 0) == (s > 0) ? 1 : -1ull;
+        memcpy(&s, &u, 8);
+    }
+    return round_f16(s);
+}
+u32 fma_f16x2(u32 a, u32 b, u32 c) {
+    return fma_f16((u16)a, (u16)b, (u16)c) | (u32)fma_f16((u16)(a >> 16), (u16)(b >> 16), (u16)(c >> 16)) << 16;
+}
+
+static void load_matrices(void* const* lanes, bool transposed) {
+    u16 m[4][8][8];
+    for (int i = 0; i < 32; i++) {
+        const void* row = ((const MatrixRows*)lanes[i])->row;
+        check_shared(row, 16, "load_matrix4");
+        memcpy(m[i / 8][i % 8], row, 16);
+    }
+    for (int i = 0; i < 32; i++)
+        for (int k = 0; k < 4; k++) {
+            int r = i / 4, c = 2 * (i % 4);
+            u32 low = transposed ? m[k][c][r] : m[k][r][c], high = transposed ? m[k][c + 1][r] : m[k][r][c + 1];
+            ((const MatrixRows*)lanes[i])->r[k] = low | high << 16;
+        }
+}
+void load_matrix4(void* const* lanes) { load_matrices(lanes, false); }
+void load_matrix4_transposed(void* const* lanes) { load_matrices(lanes, true); }
+
+template <float (*from)(u16)> static void multiply(void* const* lanes) {
+    float a[16][16], b[16][8], d[16][8];
+    for (int i = 0; i < 32; i++) {
+        const Product* p = (const Product*)lanes[i];
+        int g = i / 4, t = 2 * (i % 4);
+        for (int k = 0; k < 4; k++) {
+            a[g + k % 2 * 8][t + k / 2 * 8] = from((u16)p->a[k]);
+            a[g + k % 2 * 8][t + k / 2 * 8 + 1] = from((u16)(p->a[k] >> 16));
+            d[g + k / 2 * 8][t + k % 2] = p->d[k];
+        }
+        for (int k = 0; k < 2; k++) b[t + k * 8][g] = from((u16)p->b[k]), b[t + k * 8 + 1][g] = from((u16)(p->b[k] >> 16));
+    }
+    for (int r = 0; r < 16; r++)
+        for (int k = 0; k < 16; k++)
+            for (int c = 0; c < 8; c++) d[r][c] += a[r][k] * b[k][c];
+    for (int i = 0; i < 32; i++)
+        for (int k = 0; k < 4; k++) ((const Product*)lanes[i])->d[k] = d[i / 4 + k / 2 * 8][2 * (i % 4) + k % 2];
+}
+static float from_bf16(u16 h) {
+    u32 u = (u32)h << 16;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+void multiply_f16(void* const* lanes) { multiply<from_f16>(lanes); }
+void multiply_bf16(void* const* lanes) { multiply<from_bf16>(lanes); }
+
+static const Kernel* kernels;
+void enter(Kernel* kernel) {
+    for (const Kernel* k = kernels; k; k = k->next)
+        if (!strcmp(k->name, kernel->name)) {
+            fprintf(stderr, "param-cuda-emulation: kernel %s is in %s and in %s\n", k->name, k->file, kernel->file);
+            abort();
+        }
+    kernel->next = kernels;
+    kernels = kernel;
+}
+const Kernel* first_kernel() { return kernels; }
+} // namespace emulation

@@ -1,0 +1,235 @@
+//! PARAM's CUDA kernels on the CPU, behind a `libcuda.so` of its own, so that the host code that drives a GPU runs in ordinary tests.
+//!
+//! [`preload`] puts the library where cudarc finds it; from then on the process has a GPU of 4 multiprocessors. A child process finds
+//! it through `LD_LIBRARY_PATH` ([`folder`]). Every CUDA thread is a fiber; blocks of an ordinary launch run one after another, those of
+//! a cooperative launch together. Shared memory is poisoned with `0xCD`, device memory with NaN; a `copy_async` happens at the wait that
+//! covers it, or never. A launch whose threads wait for each other for ever, or meet at different places, fails with
+//! `CUDA_ERROR_LAUNCH_TIMEOUT` and says on stderr who waits where ([`last_fault`]).
+//!
+//! The environment variable `PARAM_EMULATED_CUDA` (or [`configure`]) plays failures, separated by commas:
+//! `no-device` (there are none), `no-device-error` (`cuInit` says so), `version=11040` (an old driver), `memory=BYTES` (of the device),
+//! `fail=cuLaunchKernel` or `fail=cuLaunchKernel:3` (that call fails, or fails from the third on), `capability=70`,
+//! `schedule=ascending|reversed|seed:N` (which thread runs when several could).
+
+#[allow(dead_code)]
+mod source;
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
+use std::ffi::{CStr, CString, c_char, c_int};
+use std::hash::{Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// The library, by its full path.
+pub const LIBRARY: &str = concat!(env!("PARAM_EMULATION_OUT"), "/libcuda.so");
+
+/// A driver too old to have more than `cuInit` and `cuDriverGetVersion`, by its full path.
+pub const OLD_LIBRARY: &str = concat!(env!("PARAM_EMULATION_OUT"), "/old/libcuda.so");
+
+const OUT: &str = env!("PARAM_EMULATION_OUT");
+
+fn cxx() -> source::Compiler {
+    env!("PARAM_EMULATION_CXX").split('\t').map(str::to_owned).collect()
+}
+
+/// The folder of [`LIBRARY`], for `LD_LIBRARY_PATH` of a child process.
+pub fn folder() -> &'static Path {
+    Path::new(OUT)
+}
+
+/// The folder of [`OLD_LIBRARY`].
+pub fn old_folder() -> PathBuf {
+    Path::new(OUT).join("old")
+}
+
+/// Loads the emulation into this process, for good: whoever asks for `libcuda.so` afterwards gets it. Call it before anything looks for
+/// a GPU; a second call does nothing.
+///
+/// # Panics
+/// If the library cannot be loaded.
+pub fn preload() {
+    library();
+}
+
+fn library() -> &'static Library {
+    static LOADED: OnceLock<Library> = OnceLock::new();
+    LOADED.get_or_init(|| {
+        // SAFETY: the library's constructors fill its table of kernels and read one environment variable.
+        unsafe { Library::open(Some(LIBRARY), RTLD_NOW | RTLD_GLOBAL) }.unwrap_or_else(|e| panic!("{LIBRARY}: {e}"))
+    })
+}
+
+/// Plays these failures from now on in the whole process, instead of those of `PARAM_EMULATED_CUDA`.
+///
+/// # Panics
+/// If the text is not understood.
+pub fn configure(text: &str) {
+    let c = CString::new(text).unwrap_or_default();
+    // SAFETY: the library defines the function with this type.
+    let done = unsafe {
+        let f: Symbol<unsafe extern "C" fn(*const c_char) -> c_int> = symbol("param_emulation_configure");
+        f(c.as_ptr())
+    };
+    assert!(done != 0, "PARAM_EMULATED_CUDA does not know `{text}`");
+}
+
+/// The order in which the threads of a kernel run, wherever they could run at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Schedule {
+    /// The lowest thread of the lowest warp first.
+    Ascending,
+    /// The highest thread of the highest warp first, blocks too.
+    Reversed,
+    /// Another one for every seed.
+    Seed(u64),
+}
+
+impl Schedule {
+    /// Those that tests run a kernel under, unless they have reason for more.
+    pub const ALL: [Schedule; 4] = [Schedule::Ascending, Schedule::Reversed, Schedule::Seed(1), Schedule::Seed(2)];
+}
+
+impl std::fmt::Display for Schedule {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Schedule::Ascending => f.write_str("ascending"),
+            Schedule::Reversed => f.write_str("reversed"),
+            Schedule::Seed(n) => write!(f, "seed:{n}"),
+        }
+    }
+}
+
+/// Runs what the calling thread launches by this schedule, from now on; `None` leaves it to the environment again.
+pub fn schedule(schedule: Option<Schedule>) {
+    let text = schedule.map(|s| CString::new(s.to_string()).unwrap_or_default());
+    // SAFETY: the library defines the function with this type; null is allowed.
+    unsafe {
+        let f: Symbol<unsafe extern "C" fn(*const c_char) -> c_int> = symbol("param_emulation_schedule");
+        f(text.as_ref().map_or(std::ptr::null(), |t| t.as_ptr()));
+    }
+}
+
+/// What was wrong with the calling thread's last launch; empty if nothing.
+pub fn last_fault() -> String {
+    // SAFETY: the library defines the function with this type; the text lives until the thread's next launch.
+    unsafe {
+        let f: Symbol<unsafe extern "C" fn() -> *const c_char> = symbol("param_emulation_last_fault");
+        CStr::from_ptr(f()).to_string_lossy().into_owned()
+    }
+}
+
+/// Bytes of device memory that are allocated now.
+pub fn bytes_used() -> u64 {
+    // SAFETY: the library defines the function with this type.
+    unsafe {
+        let f: Symbol<unsafe extern "C" fn() -> u64> = symbol("param_emulation_bytes_used");
+        f()
+    }
+}
+
+/// # Safety
+/// `T` must be the type of the function.
+unsafe fn symbol<T>(name: &str) -> Symbol<T> {
+    // SAFETY: as this function's own contract says.
+    unsafe { library().get(name.as_bytes()) }.unwrap_or_else(|e| panic!("{LIBRARY}: {e}"))
+}
+
+/// Builds the library anew with one kernel file changed, for tests of the tests: `edit` gets the text of `kernel_file` (a path, or the
+/// name of a file of param-cuda's kernels) and gives what to compile. With `sanitize`, everything is compiled for AddressSanitizer, and
+/// the process that loads it needs [`sanitizer`] in `LD_PRELOAD`. A file that is not among param-cuda's kernels stands for itself
+/// alone.
+///
+/// # Panics
+/// If the compiler refuses, or `edit` changed nothing in a file of param-cuda's.
+pub fn build_variant(kernel_file: impl AsRef<Path>, edit: impl Fn(&str) -> String, sanitize: bool) -> PathBuf {
+    let asked = kernel_file.as_ref();
+    try_variant(asked, &edit, sanitize).unwrap_or_else(|e| panic!("{}: {e}", asked.display()))
+}
+
+fn try_variant(asked: &Path, edit: &dyn Fn(&str) -> String, sanitize: bool) -> Result<PathBuf, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (cpp, kernels) = (root.join("cpp"), root.with_file_name("param-cuda").join("kernels"));
+    let own = kernels.join(asked);
+    let (file, ours) =
+        if asked.components().count() == 1 && own.exists() { (own, true) } else { (asked.to_owned(), false) };
+    let text = read(&file)?;
+    let edited = edit(&text);
+    if ours && edited == text && !sanitize {
+        return Err("the edit changed nothing".into());
+    }
+    // What it is made of names its folder, so that it is made once.
+    let mut hasher = std::hash::DefaultHasher::new();
+    (sanitize, &file, &edited).hash(&mut hasher);
+    let mut sources = files(&cpp)?;
+    sources.extend(files(&kernels)?);
+    for source in &sources {
+        read(source)?.hash(&mut hasher);
+    }
+    include_str!("source.rs").hash(&mut hasher);
+    let folder = Path::new(OUT).join(format!("variant-{:016x}", hasher.finish()));
+    let library = folder.join("libcuda.so");
+    if library.exists() {
+        return Ok(library);
+    }
+    static N: AtomicU32 = AtomicU32::new(0);
+    let n = N.fetch_add(1, Ordering::Relaxed);
+    let new = Path::new(OUT).join(format!("new-{}-{n}", std::process::id()));
+    std::fs::create_dir_all(&new).map_err(|e| e.to_string())?;
+    let made = make_variant(&cpp, &kernels, &file, &edited, ours, sanitize, &new);
+    // Another process may have been faster.
+    let moved = made.is_ok() && std::fs::rename(&new, &folder).is_ok();
+    if !moved {
+        let _ = std::fs::remove_dir_all(&new);
+    }
+    made.map(|()| library)
+}
+
+fn make_variant(
+    cpp: &Path,
+    kernels: &Path,
+    file: &Path,
+    text: &str,
+    ours: bool,
+    sanitize: bool,
+    folder: &Path,
+) -> Result<(), String> {
+    let cxx = cxx();
+    let mut objects = vec![folder.join("variant.o")];
+    source::compile_kernels(&cxx, cpp, kernels, file, text, &objects[0], sanitize)?;
+    for source in files(cpp)?.into_iter().filter(|f| f.extension().is_some_and(|e| e == "cpp")) {
+        let Some(stem) = source.file_stem().filter(|&s| s != "old") else { continue };
+        let object = if sanitize { folder } else { Path::new(OUT) }.join(stem).with_extension("o");
+        if sanitize {
+            source::compile(&cxx, &source, &object, true)?;
+        }
+        objects.push(object);
+    }
+    if ours && !sanitize {
+        let others = files(kernels)?.into_iter().filter(|f| f.extension().is_some_and(|e| e == "cu") && f != file);
+        objects.extend(others.filter_map(|f| Some(Path::new(OUT).join(f.file_stem()?).with_extension("o"))));
+    }
+    source::link(&cxx, &objects, &folder.join("libcuda.so"), sanitize)
+}
+
+fn read(file: &Path) -> Result<String, String> {
+    std::fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    let entries = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let mut files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+    files.sort();
+    Ok(files)
+}
+
+/// The run-time library of AddressSanitizer, which a process must have in `LD_PRELOAD` to load a variant built for it; `None` if the
+/// compiler has none.
+pub fn sanitizer() -> Option<PathBuf> {
+    ["libasan.so", "libclang_rt.asan-x86_64.so", "libclang_rt.asan.so"].into_iter().find_map(|name| {
+        let cxx = cxx();
+        let output = std::process::Command::new(&cxx[0]).arg(format!("-print-file-name={name}")).output().ok()?;
+        let path = PathBuf::from(String::from_utf8(output.stdout).ok()?.trim());
+        path.is_absolute().then_some(path)
+    })
+}

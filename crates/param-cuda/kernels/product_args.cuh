@@ -1,0 +1,141 @@
+// What a product of rows is asked for, which rows a block takes, and where results go: the same for tensor cores and for f32.
+#pragma once
+#include "model.cuh"
+
+// Where results go. PARTIAL: f32, one part a split, times the row's weight where there is one, to the row that the list names.
+// ACTIVATED: through the activation, rows in their order. QKV: queries to `output` in f32, keys and values to the row's cache.
+enum Output { OUTPUT_PARTIAL, OUTPUT_ACTIVATED, OUTPUT_QKV };
+enum Element { ELEMENT_F32, ELEMENT_F16, ELEMENT_BF16 };
+#define NO_SLOT 0xffffffffu // a row that pads a batch: computed, and written nowhere
+
+// The same structure as in src/prefill/product.rs.
+struct Product {
+    Matrix w[3];            // blockIdx.z / n_split picks
+    const u8* input;        // [.., input_stride]
+    u8* output;             // [n_split, n_output_row, output_stride]
+    const u32* offsets;     // [n_expert + 1]: where each expert's entries begin in `list`; null: all rows, one matrix
+    const u32* list;        // [n_row] of row * n_used + choice, by expert
+    const float* weights;   // [n_row] by entry, or null
+    const u32* slots;       // [n_row]
+    const u32* positions;   // [n_row]
+    Caches caches;
+    u32 input_stride;
+    u32 output_stride;
+    u32 n_row;              // entries where there is a list
+    u32 n_output_row;
+    u32 n_expert;
+    u32 n_used;
+    u32 gathers;            // 1: input rows are entries' rows; 0: in the order of the list
+    u32 n_split;
+    u32 output_kind;
+    u32 activation;
+    u32 element;            // of ACTIVATED
+    u32 first_matrix;       // which of q, k, v is w[0]
+    u32 layer;
+    u32 n_head;
+    u32 head_dim;
+    u32 cache_f32;
+};
+
+struct Rows {
+    u32 begin, end, expert;
+};
+
+// The rows of tile blockIdx.y. Tiles of experts follow one another, so the grid has the most tiles there can be, and the last find none.
+template <int BM> DEVICE Rows find_rows(const Product& p) {
+    Rows r;
+    if (p.offsets == 0) {
+        r.begin = blockIdx.y * BM;
+        r.end = r.begin + BM < p.n_row ? r.begin + BM : p.n_row;
+        r.expert = 0;
+        return r;
+    }
+    u32 tile = blockIdx.y, begin = p.offsets[0];
+    for (u32 e = 0; e < p.n_expert; e++) {
+        u32 end = p.offsets[e + 1], n = (end - begin + BM - 1) / BM;
+        if (tile < n) {
+            r.begin = begin + tile * BM;
+            r.end = r.begin + BM < end ? r.begin + BM : end;
+            r.expert = e;
+            return r;
+        }
+        tile -= n;
+        begin = end;
+    }
+    r.begin = r.end = r.expert = 0;
+    return r;
+}
+
+DEVICE u32 input_row(const Product& p, u32 r) { return p.gathers ? p.list[r] / p.n_used : r; }
+
+struct OutputRow {
+    u8* to;            // where element 0 of the row lies; null: nowhere
+    const float* bias; // or null
+    float factor;
+    u32 cache;         // 1: heads lie n_ctx * head_dim elements apart
+};
+
+DEVICE OutputRow find_output_row(const Product& p, const Matrix& matrix, u32 which, u32 split, u32 expert, u32 r) {
+    OutputRow out;
+    out.bias = matrix.bias != 0 && split == 0 ? matrix.bias + (u64)expert * matrix.n_row : 0;
+    out.factor = 1.0f;
+    out.cache = 0;
+    if (p.output_kind == OUTPUT_ACTIVATED) {
+        out.to = p.output + (u64)r * p.output_stride * (p.element == ELEMENT_F32 ? 4 : 2);
+    } else if (p.output_kind == OUTPUT_PARTIAL) {
+        u32 entry = p.list ? p.list[r] : r;
+        if (p.weights) out.factor = p.weights[entry];
+        out.to = p.output + ((u64)split * p.n_output_row + entry) * p.output_stride * 4;
+    } else if (which + p.first_matrix == 0) {
+        out.to = p.output + (u64)r * p.output_stride * 4;
+    } else {
+        u32 slot = p.slots[r];
+        out.cache = 1;
+        out.to = 0;
+        if (slot != NO_SLOT) {
+            u64 at = ((u64)(p.layer * 2 + which + p.first_matrix - 1) * p.n_head * p.caches.n_ctx + p.positions[r]) * p.head_dim;
+            out.to = p.caches.data + slot * p.caches.stride + at * (p.cache_f32 ? 4 : 2);
+        }
+    }
+    return out;
+}
+
+DEVICE float activated(float x, u32 activation) {
+    return activation == GELU_ERF ? gelu_erf(x) : gelu_tanh(x);
+}
+
+// Elements n and n + 1, n even, of a row.
+DEVICE void store_pair(const Product& p, const Matrix& matrix, const OutputRow& out, u32 n, float a, float b) {
+    u32 n_out = matrix.n_row;
+    bool both = n + 1 < n_out;
+    if (out.to == 0) return;
+    if (n < n_out && out.bias) {
+        a += out.bias[n];
+        if (both) b += out.bias[n + 1];
+    }
+    if (p.output_kind == OUTPUT_ACTIVATED) {
+        if (n >= p.output_stride) return;
+        // What the next product reads beyond n_out must be zero.
+        a = n < n_out ? activated(a, p.activation) : 0.0f;
+        b = both ? activated(b, p.activation) : 0.0f;
+        if (p.element == ELEMENT_F32) *(float2*)(out.to + n * 4) = make_float2(a, b);
+        else if (p.element == ELEMENT_F16) *(u32*)(out.to + n * 2) = (u32)to_f16(a) | (u32)to_f16(b) << 16;
+        else *(u32*)(out.to + n * 2) = (u32)to_bf16(a) | (u32)to_bf16(b) << 16;
+        return;
+    }
+    if (n >= n_out) return;
+    if (out.cache) {
+        // head_dim is even, so that a pair lies in one head.
+        u64 at = (u64)(n / p.head_dim) * p.caches.n_ctx * p.head_dim + n % p.head_dim;
+        if (p.cache_f32) *(float2*)(out.to + at * 4) = make_float2(a, b);
+        else *(u32*)(out.to + at * 2) = (u32)to_f16(a) | (u32)to_f16(b) << 16;
+        return;
+    }
+    float* to = (float*)out.to + n;
+    if (both && p.output_stride % 2 == 0) {
+        *(float2*)to = make_float2(a * out.factor, b * out.factor);
+    } else {
+        to[0] = a * out.factor;
+        if (both) to[1] = b * out.factor;
+    }
+}

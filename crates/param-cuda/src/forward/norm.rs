@@ -1,0 +1,38 @@
+//! The step between products: adds what the last one gave, normalises, routes.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::model::Norm;
+
+/// `NormArgs` in norm.cu, field by field.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub(super) struct NormArgs {
+    pub x: u64,
+    pub y: u64,
+    pub slots: u64,
+    pub rows: u64,
+    pub norm: Norm,
+    pub f16: u64,
+    pub bf16: u64,
+    pub f32: u64,
+    pub router: u64,
+    pub selection_bias: u64,
+    pub choices: u64,
+    pub weights: u64,
+    pub not_finite: u64,
+    pub n_embd: u32,
+    pub stride: u32,
+    pub n_part: u32,
+    pub n_choice: u32,
+    pub n_row: u32,
+    pub n_expert: u32,
+    pub n_used: u32,
+    pub eps: f32,
+}
+
+/// Threads of a block of `layer_norm`.
+pub(super) const THREADS: u32 = 128;
+/// The most experts it can choose among, and the most choices a row can have.
+pub(super) const MAX_EXPERT: u32 = 256;
+pub(super) const MAX_USED: u32 = 32;
