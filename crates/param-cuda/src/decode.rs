@@ -38,7 +38,7 @@ const RED_BYTES: usize = 16896;
 const SMALL_BYTES: usize = 10240;
 const ROUTING_WORDS: usize = 1 + MAX_EXPERT * (1 + MAX_SEQUENCE);
 
-/// A LayerNorm had an input that was not finite.
+/// A LayerNorm had an input that was not finite, or an activation was beyond f16.
 pub const NOT_FINITE: u32 = 1;
 /// The position was beyond the cache.
 pub const NO_ROOM: u32 = 2;
