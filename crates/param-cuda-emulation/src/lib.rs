@@ -44,7 +44,8 @@ pub fn old_folder() -> PathBuf {
 }
 
 /// Loads the emulation into this process, for good: whoever asks for `libcuda.so` afterwards gets it. Call it before anything looks for
-/// a GPU; a second call does nothing.
+/// a GPU; a second call does nothing. The environment variable `PARAM_EMULATION_LIBRARY` names another library to load instead, such as
+/// one built for AddressSanitizer.
 ///
 /// # Panics
 /// If the library cannot be loaded.
@@ -55,8 +56,9 @@ pub fn preload() {
 fn library() -> &'static Library {
     static LOADED: OnceLock<Library> = OnceLock::new();
     LOADED.get_or_init(|| {
+        let path = std::env::var("PARAM_EMULATION_LIBRARY").unwrap_or_else(|_| LIBRARY.to_owned());
         // SAFETY: the library's constructors fill its table of kernels and read one environment variable.
-        unsafe { Library::open(Some(LIBRARY), RTLD_NOW | RTLD_GLOBAL) }.unwrap_or_else(|e| panic!("{LIBRARY}: {e}"))
+        unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) }.unwrap_or_else(|e| panic!("{path}: {e}"))
     })
 }
 
@@ -207,11 +209,17 @@ fn make_variant(
         }
         objects.push(object);
     }
-    if ours && !sanitize {
-        let others = files(kernels)?.into_iter().filter(|f| f.extension().is_some_and(|e| e == "cu") && f != file);
-        objects.extend(
-            others.filter_map(|f| Some(Path::new(OUT).join("kernels").join(f.file_stem()?).with_extension("o"))),
-        );
+    let others = files(kernels)?.into_iter().filter(|f| f.extension().is_some_and(|e| e == "cu") && f != file);
+    for other in others.filter(|_| ours) {
+        let Some(stem) = other.file_stem() else { continue };
+        let object = match sanitize {
+            true => folder.join(stem).with_extension("o"),
+            false => Path::new(OUT).join("kernels").join(stem).with_extension("o"),
+        };
+        if sanitize {
+            source::compile_kernels(&cxx, cpp, kernels, &other, &read(&other)?, &object, true)?;
+        }
+        objects.push(object);
     }
     source::link(&cxx, &objects, &folder.join("libcuda.so"), sanitize)
 }

@@ -125,3 +125,17 @@ fn sanitizer_sees_reads_beyond() {
         assert!(!output.status.success() && text.contains(what) && text.contains(name), "{name}: {text}");
     }
 }
+
+// Prints how to run other tests with all kernels under AddressSanitizer:
+// `cargo test --release -p param-cuda-emulation sanitized_library -- --ignored --nocapture`.
+#[test]
+#[ignore = "builds every kernel for AddressSanitizer"]
+fn sanitized_library() {
+    let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).with_file_name("param-cuda").join("kernels");
+    let mut files = std::fs::read_dir(kernels).unwrap().flatten().map(|e| e.file_name());
+    let any = files.find(|f| Path::new(f).extension().is_some_and(|e| e == "cu")).expect("a kernel");
+    let library = build_variant(Path::new(&any), str::to_owned, true);
+    let runtime = sanitizer().expect("the compiler has an AddressSanitizer");
+    println!("export PARAM_EMULATION_LIBRARY={}", library.display());
+    println!("export LD_PRELOAD={} ASAN_OPTIONS=detect_leaks=0", runtime.display());
+}
