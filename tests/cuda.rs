@@ -98,7 +98,8 @@ fn greedy_text_equals_the_reference() {
         let model = on_gpu(&converted.gguf, ModelOptions::default());
         for (name, prompt, expected) in greedy_runs(&case) {
             // Past the context's end every token is a prefill of a full window, which the emulation has no time for.
-            let n = if is_real() { expected.len() } else { (case.config.n_ctx - prompt.len()).min(24).min(expected.len()) };
+            let n =
+                if is_real() { expected.len() } else { (case.config.n_ctx - prompt.len()).min(24).min(expected.len()) };
             let got = greedy(&mut session(&model, 512), &prompt, n);
             assert_eq!(got, expected[..n], "{}/{name}", case.name());
         }
