@@ -394,6 +394,7 @@ def peers(run):
         before, start = run.card(), time.monotonic()
         with open(errors, "w") as stderr:
             process = subprocess.Popen(command, cwd=HERE / "torch", stdout=stderr, stderr=stderr, start_new_session=True)
+        failure = None
         deadline = time.monotonic() + min(PEERS[left[0]] + 30, run.left())  # PyTorch's start is in the first one's limit
         while left:
             is_over = process.poll() is not None
@@ -409,7 +410,6 @@ def peers(run):
                     deadline = time.monotonic() + min(PEERS[left[0]], run.left())
             if not left:
                 break
-            failure = None
             if is_over:
                 failure = {"rc": process.returncode}
             elif time.monotonic() > deadline:
@@ -423,8 +423,7 @@ def peers(run):
                 break
             time.sleep(0.2)
         try:
-            if left or process.poll() is None:
-                process.wait(timeout=20 if not left else 0.1)
+            process.wait(timeout=0.1 if failure else 20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
