@@ -46,7 +46,7 @@ cp benches/peers/torch/*.py "$files/torch/"
 cp models/*.toml "$files/presets/"
 cp tools/gpu-check.py "$files/"
 revision=$(git describe --always --dirty --abbrev=12 2>/dev/null || echo unknown)
-printf '{"revision": "%s", "bin": "%s", "rustc": "%s"}\n' "$revision" "$target/release" "$(rustc --version)" >"$files/about.json"
+printf '{"revision": "%s", "rustc": "%s"}\n' "$revision" "$(rustc --version)" >"$files/about.json"
 
 tar -C "$files" -czf "$out/files.tar.gz" .
 cat >"$out/run.sh" <<'RUN'

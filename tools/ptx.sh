@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes crates/param-cuda/ptx/*.ptx, which are committed, from kernels/*.cu with a pinned NVRTC: so that neither building nor CUDA's
-# absence changes them. --check compares instead, and compiles for each chip; --report prints registers, shared memory and spills. With
+# absence changes them. --check compares instead; --report assembles for each chip and prints registers, shared memory and spills. With
 # --if-possible, says what it could not get and succeeds. A folder as the last argument stands for crates/param-cuda.
 set -euo pipefail
 start=$PWD

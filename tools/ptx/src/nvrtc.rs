@@ -67,18 +67,6 @@ impl Program {
         // SAFETY: compiled.
         Ok(text_of(&unsafe { result::get_ptx(self.0) }?)?.to_owned())
     }
-
-    /// Machine code, where a real architecture was asked for.
-    pub fn cubin(&self) -> Result<Vec<u8>> {
-        let mut n_byte = 0;
-        // SAFETY: compiled; a live number to write.
-        unsafe { sys::nvrtcGetCUBINSize(self.0, &mut n_byte) }.result()?;
-        ensure!(n_byte > 0, "no machine code");
-        let mut bytes = vec![0u8; n_byte];
-        // SAFETY: as many bytes as the library has just asked for.
-        unsafe { sys::nvrtcGetCUBIN(self.0, bytes.as_mut_ptr().cast()) }.result()?;
-        Ok(bytes)
-    }
 }
 
 /// A C string that ends within `chars`, or before its first byte where there are none.
