@@ -84,10 +84,27 @@ struct Share {
     u32 share;
 };
 
+// Units [begin, end) of a stack of matrices, tile by tile of 16 rows.
+struct Job {
+    const u8* data;
+    u64 matrix_bytes;
+    u32 n_row, n_col;
+    u32 first_row, end_row; // the rows that are wanted of each matrix
+    u32 n_tile;             // of one matrix
+    u32 n_chunk;            // units side by side in one matrix
+    u32 units;              // of a tile: n_chunk, or where the sum goes over all active matrices that many times more
+    bool deep;              // which of the two
+    u32 begin, end;
+    const u32* expert;      // the matrix of each active one; null of a single matrix
+    const Matrix* several;  // matrices of one shape and format, instead of experts
+};
+
 struct Small {
     Decode decode; // for functions that are called
     Block blocks[2]; // of this layer and the next
     Routing routing;
+    Job job;       // of the phase
+    Share share;   // of the phase, where it cuts sums
     Share pending; // what the parts belong to
     u32 positions[MAX_SEQUENCE];
     u32 slots[MAX_SEQUENCE];
@@ -144,10 +161,11 @@ DEVICE void grid_wait(const u32* counter, u32& round) {
     __syncthreads();
 }
 
-// Asks for a vector that all blocks will read, each block for some of it.
-CALLED void prefetch_vector(const void* p, u32 bytes, u32 rank, u32 n_block) {
-    if (!p || threadIdx.x >= WARP) return;
-    for (u32 line = rank + threadIdx.x * n_block; line * 128 < bytes; line += n_block * WARP) prefetch_l2((const u8*)p + line * 128);
+// Asks the second-level cache for what some block will read: each for some of it.
+CALLED void prefetch(const void* p, u64 bytes, u32 rank, u32 n_block) {
+    if (!p) return;
+#pragma unroll 1
+    for (u64 at = (u64)(threadIdx.x * n_block + rank) * 128; at < bytes; at += (u64)DECODE_THREADS * 128 * n_block) prefetch_l2((const u8*)p + at);
 }
 
 DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }

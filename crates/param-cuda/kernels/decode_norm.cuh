@@ -3,43 +3,41 @@
 #pragma once
 #include "decode.cuh"
 
-// One weight of any format.
-DEVICE float weight_at(const Matrix& m, u32 row, u32 column) {
-    u64 elements = (u64)m.n_row * m.n_col, at = (u64)row * m.n_col + column;
-    const u8* data = m.data;
-    switch (m.format) {
-    case FORMAT_F32: return ((const float*)data)[at];
-    case FORMAT_F16: return from_f16(((const u16*)data)[at]);
-    case FORMAT_BF16: return from_bf16(((const u16*)data)[at]);
-    case FORMAT_Q8_0: return (float)(signed char)data[at] * from_f16(((const u16*)(data + elements))[at / 32]);
-    case FORMAT_Q4_K: {
+template <int F> DEVICE float weight_at(const u8* data, u64 elements, u64 at) {
+    if (F == FORMAT_F32) return ((const float*)data)[at];
+    if (F == FORMAT_F16) return from_f16(((const u16*)data)[at]);
+    if (F == FORMAT_BF16) return from_bf16(((const u16*)data)[at]);
+    if (F == FORMAT_Q8_0) return (float)(signed char)data[at] * from_f16(((const u16*)(data + elements))[at / 32]);
+    if (F == FORMAT_Q4_K) {
         const u8* head = data + elements / 2 + at / 256 * 16;
-        u32 piece = column % 256 / 32, scale, minimum;
         const u8* s = head + 4;
-        if (piece < 4) {
-            scale = s[piece] & 63;
-            minimum = s[piece + 4] & 63;
-        } else {
-            scale = (s[piece + 4] & 15) | (s[piece - 4] >> 6) << 4;
-            minimum = s[piece + 4] >> 4 | (s[piece] >> 6) << 4;
-        }
-        u32 byte = data[at / 64 * 32 + at % 32];
+        u32 piece = at % 256 / 32, byte = data[at / 64 * 32 + at % 32];
+        u32 scale = piece < 4 ? s[piece] & 63 : (s[piece + 4] & 15) | (s[piece - 4] >> 6) << 4;
+        u32 minimum = piece < 4 ? s[piece + 4] & 63 : s[piece + 4] >> 4 | (s[piece] >> 6) << 4;
         float q = (float)(piece % 2 ? byte >> 4 : byte & 15);
         return from_f16(*(const u16*)head) * (float)scale * q - from_f16(*(const u16*)(head + 2)) * (float)minimum;
     }
-    default: {
-        u32 c = column % 256, quarter = c / 32 % 4;
-        u32 low = data[at / 128 * 64 + quarter % 2 * 32 + c % 32], high = data[elements / 2 + at / 128 * 32 + c % 32];
-        int q = (int)((quarter >= 2 ? low >> 4 : low & 15) | (high >> 2 * quarter & 3) << 4) - 32;
-        const u8* scales = data + elements / 4 * 3;
-        float d = from_f16(((const u16*)(scales + elements / 16))[at / 256]);
-        return d * (float)(signed char)scales[at / 16] * (float)q;
-    }
-    }
+    u32 c = at % 256, quarter = c / 32 % 4;
+    u32 low = data[at / 128 * 64 + quarter % 2 * 32 + c % 32], high = data[elements / 2 + at / 128 * 32 + c % 32];
+    int q = (int)((quarter >= 2 ? low >> 4 : low & 15) | (high >> 2 * quarter & 3) << 4) - 32;
+    const u8* scales = data + elements / 4 * 3;
+    return from_f16(((const u16*)(scales + elements / 16))[at / 256]) * (float)(signed char)scales[at / 16] * (float)q;
 }
-
+template <int F> DEVICE float4 four_weights(const Matrix& m, u64 at) {
+    u64 n = (u64)m.n_row * m.n_col;
+    return make_float4(weight_at<F>(m.data, n, at), weight_at<F>(m.data, n, at + 1), weight_at<F>(m.data, n, at + 2), weight_at<F>(m.data, n, at + 3));
+}
+// Four neighbouring weights, from a multiple of 4 on.
 CALLED float4 weights_at(const Matrix& m, u32 row, u32 column) {
-    return make_float4(weight_at(m, row, column), weight_at(m, row, column + 1), weight_at(m, row, column + 2), weight_at(m, row, column + 3));
+    u64 at = (u64)row * m.n_col + column;
+    switch (m.format) {
+    case FORMAT_F32: return four_weights<FORMAT_F32>(m, at);
+    case FORMAT_F16: return four_weights<FORMAT_F16>(m, at);
+    case FORMAT_BF16: return four_weights<FORMAT_BF16>(m, at);
+    case FORMAT_Q8_0: return four_weights<FORMAT_Q8_0>(m, at);
+    case FORMAT_Q4_K: return four_weights<FORMAT_Q4_K>(m, at);
+    default: return four_weights<FORMAT_Q6_K>(m, at);
+    }
 }
 
 DEVICE float4 add4(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }

@@ -143,6 +143,12 @@ DEVICE void begin_phase(const Decode& d, const Shared& s, u32 phase, u32 layer, 
     } else {
         j = job_of_phase(s.small->decode, b, s.small->routing, phase, rank, n_block);
     }
+    // For the rest of the phase, which begins after a wait.
+    if (threadIdx.x == 0) {
+        s.small->job = j;
+        if (phase == PHASE_OUT) s.small->share = out_share(b, n_block);
+        if (phase == PHASE_DOWN) s.small->share = down_share(b, s.small->routing, n_block);
+    }
     start_product(j, format_of_phase(d, b, phase), s);
 }
 
@@ -150,30 +156,29 @@ DEVICE void begin_phase(const Decode& d, const Shared& s, u32 phase, u32 layer, 
 CALLED void prefetch_layer(const Decode& d, const Shared& s, u32 layer, u32 rank, u32 n_block) {
     const Model& m = d.model;
     if (layer >= m.n_layer) {
-        prefetch_vector(m.output_norm.scale, m.n_embd * 4, rank, n_block);
-        prefetch_vector(m.output_norm.shift, m.n_embd * 4, rank, n_block);
+        prefetch(m.output_norm.scale, m.n_embd * 4, rank, n_block);
+        prefetch(m.output_norm.shift, m.n_embd * 4, rank, n_block);
         return;
     }
     const Block& b = block_of(s, layer);
-    Job j = first_attention_job(d, s, b, item_of(d, *s.small, rank, n_block));
-    prefetch_units(j, b.q.format, 0, j.end);
-    for (u32 phase = PHASE_OUT; phase <= PHASE_DOWN; phase++) {
-        if (b.router && phase != PHASE_OUT) break;
-        j = job_of_phase(s.small->decode, b, s.small->routing, phase, rank, n_block);
-        prefetch_units(j, format_of_phase(d, b, phase), j.begin, j.end);
+#pragma unroll 1
+    for (const Matrix* matrix = &b.q; matrix <= &b.out; matrix++) {
+        prefetch(matrix->data, matrix->matrix_bytes, rank, n_block);
+        prefetch(matrix->bias, matrix->n_row * 4, rank, n_block);
     }
-    prefetch_vector(b.norm1.scale, m.n_embd * 4, rank, n_block);
-    prefetch_vector(b.norm1.shift, m.n_embd * 4, rank, n_block);
-    prefetch_vector(b.norm2.scale, m.n_embd * 4, rank, n_block);
-    prefetch_vector(b.norm2.shift, m.n_embd * 4, rank, n_block);
-    if (b.router) prefetch_vector(b.router, m.n_expert * m.n_embd * 4, rank, n_block);
-    prefetch_vector(b.q.bias, b.q.n_row * 4, rank, n_block);
-    prefetch_vector(b.k.bias, b.k.n_row * 4, rank, n_block);
-    prefetch_vector(b.v.bias, b.v.n_row * 4, rank, n_block);
-    prefetch_vector(b.out.bias, b.out.n_row * 4, rank, n_block);
     u32 n_matrix = b.router ? m.n_expert : 1;
-    prefetch_vector(b.up.bias, n_matrix * b.up.n_row * 4, rank, n_block);
-    prefetch_vector(b.down.bias, n_matrix * b.down.n_row * 4, rank, n_block);
+    if (b.router) {
+        prefetch(b.router, m.n_expert * m.n_embd * 4, rank, n_block);
+    } else {
+        prefetch(b.up.data, b.up.matrix_bytes, rank, n_block);
+        prefetch(b.down.data, b.down.matrix_bytes, rank, n_block);
+    }
+    prefetch(b.up.bias, (u64)n_matrix * b.up.n_row * 4, rank, n_block);
+    prefetch(b.down.bias, (u64)n_matrix * b.down.n_row * 4, rank, n_block);
+    prefetch(b.norm1.scale, m.n_embd * 4, rank, n_block);
+    prefetch(b.norm1.shift, m.n_embd * 4, rank, n_block);
+    prefetch(b.norm2.scale, m.n_embd * 4, rank, n_block);
+    prefetch(b.norm2.shift, m.n_embd * 4, rank, n_block);
 }
 
 DEVICE void run_phase(const Decode& d, const Shared& s, u32 phase, u32 layer, u32 rank, u32 n_block) {
@@ -182,7 +187,7 @@ DEVICE void run_phase(const Decode& d, const Shared& s, u32 phase, u32 layer, u3
     u32 n_item = 1;
     if (phase == PHASE_OUT) {
         u32 pieces = unit_columns(b.out.format) / 32, all = b.out.n_col / 32;
-        Job j = job_of_phase(s.small->decode, b, small.routing, phase, rank, n_block);
+        const Job& j = small.job;
         u32 n = (j.end - j.begin) * pieces;
         gather_attended(d, s, j.begin % j.units * pieces, n < all ? n : all, n_block);
     } else if (phase != PHASE_DOWN) {
@@ -194,12 +199,11 @@ DEVICE void run_phase(const Decode& d, const Shared& s, u32 phase, u32 layer, u3
     }
 
     bool started = !(phase == PHASE_UP && b.router);
-    Job j;
+    Job& j = small.job;
     Write write = {small.decode, s, j, phase, layer, 0, rank, phase == PHASE_OUT ? b.out.bias : phase == PHASE_UP ? b.up.bias : phase == PHASE_DOWN ? b.down.bias : d.model.head.bias, {1, 1}, {0, 0, 0, 0}};
     const u8* halves = phase == PHASE_DOWN ? d.hidden : s.halves;
     const float* sums = phase == PHASE_DOWN ? d.hidden_sums : s.sums;
-    if (phase == PHASE_OUT) write.share = out_share(b, n_block);
-    if (phase == PHASE_DOWN) write.share = down_share(b, small.routing, n_block);
+    if (phase == PHASE_OUT || phase == PHASE_DOWN) write.share = small.share;
     for (u32 item = phase == PHASE_ATTENTION ? rank : 0; item < n_item; item += n_block) {
         Item it;
         u32 format = format_of_phase(d, b, phase), n_matrix = 1;
@@ -214,16 +218,18 @@ DEVICE void run_phase(const Decode& d, const Shared& s, u32 phase, u32 layer, u3
             if (phase == PHASE_ATTENTION) {
                 n = same_format(&b.q, which, n_matrix);
                 format = (&b.q)[which].format;
-                j = head_job(&b.q + which, n, it.head, d.model.head_dim);
-            } else {
-                j = job_of_phase(s.small->decode, b, small.routing, phase, rank, n_block);
             }
-            if (!started) start_product(j, format, s);
+            if (!started) {
+                Job own = phase == PHASE_ATTENTION ? head_job(&b.q + which, n, it.head, d.model.head_dim)
+                                                   : job_of_phase(small.decode, b, small.routing, phase, rank, n_block);
+                start_product(own, format, s);
+                if (threadIdx.x == 0) j = own;
+                __syncthreads();
+            }
             started = false;
-            if (phase == PHASE_UP && b.router) {
-                Job down = job_of_phase(s.small->decode, b, small.routing, PHASE_DOWN, rank, n_block);
-                prefetch_units(down, b.down.format, down.begin, down.end);
-            }
+            if (phase == PHASE_UP && b.router)
+                for (u32 i = 0; i < small.routing.n_active; i++)
+                    prefetch(b.down.data + small.routing.expert[i] * b.down.matrix_bytes, b.down.matrix_bytes, rank, n_block);
             write.which = which;
             multiply(j, format, halves, sums, d.n_sequence, s, write);
             which += n;

@@ -3,21 +3,6 @@
 #pragma once
 #include "decode.cuh"
 
-// Units [begin, end) of a stack of matrices, tile by tile of 16 rows.
-struct Job {
-    const u8* data;
-    u64 matrix_bytes;
-    u32 n_row, n_col;
-    u32 first_row, end_row; // the rows that are wanted of each matrix
-    u32 n_tile;             // of one matrix
-    u32 n_chunk;            // units side by side in one matrix
-    u32 units;              // of a tile: n_chunk, or where the sum goes over all active matrices that many times more
-    bool deep;              // which of the two
-    u32 begin, end;
-    const u32* expert;      // the matrix of each active one; null of a single matrix
-    const Matrix* several;  // matrices of one shape and format, instead of experts
-};
-
 DEVICE Job job_of(const Matrix& m, const u32* expert) {
     Job j;
     j.data = m.data;
@@ -40,8 +25,8 @@ DEVICE Job job_of(const Matrix& m, const u32* expert) {
 DEVICE Job rows_job(const Matrix& m, const u32* expert, u32 n_active, u32 rank, u32 n_block) {
     Job j = job_of(m, expert);
     u32 total = j.n_tile * n_active;
-    j.begin = (u32)((u64)total * rank / n_block) * j.units;
-    j.end = (u32)((u64)total * (rank + 1) / n_block) * j.units;
+    j.begin = total * rank / n_block * j.units;
+    j.end = total * (rank + 1) / n_block * j.units;
     return j;
 }
 
@@ -51,9 +36,9 @@ DEVICE Job depth_job(const Matrix& m, const u32* expert, Share share, u32 rank) 
     j.units = share.units;
     j.deep = true;
     u32 total = j.units * j.n_tile;
-    u64 begin = (u64)share.share * rank;
-    j.begin = begin < total ? (u32)begin : total;
-    j.end = begin + share.share < total ? (u32)begin + share.share : total;
+    u32 begin = share.share * rank;
+    j.begin = begin < total ? begin : total;
+    j.end = begin + share.share < total ? begin + share.share : total;
     return j;
 }
 
@@ -90,28 +75,6 @@ DEVICE Place place_of(const Job& j, u32 unit) {
     p.chunk = chunk;
     p.active = active;
     return p;
-}
-
-// Asks the second-level cache for units of a job.
-CALLED void prefetch_units(const Job& j, u32 format, u32 begin, u32 end) {
-    end = end < j.end ? end : j.end;
-#pragma unroll 1
-    for (u32 i = threadIdx.x + begin * 16; i < end * 16; i += DECODE_THREADS) {
-        Place p = place_of(j, i / 16);
-        u32 row = p.row + i % 16;
-        if (row >= j.end_row) continue;
-        u64 elements = (u64)j.n_row * j.n_col;
-        u64 row_bytes = format == FORMAT_F32 ? j.n_col * 4 : format == FORMAT_F16 || format == FORMAT_BF16 ? j.n_col * 2 : format == FORMAT_Q8_0 ? j.n_col : j.n_col / 2;
-        prefetch_l2(p.matrix + row * row_bytes + p.chunk * 128);
-        if (format == FORMAT_Q8_0) prefetch_l2(p.matrix + elements + ((u64)row * (j.n_col / 32) + p.chunk * 4) * 2);
-        u64 block = (u64)row * (j.n_col / 256) + p.chunk;
-        if (format == FORMAT_Q4_K) prefetch_l2(p.matrix + elements / 2 + block * 16);
-        if (format == FORMAT_Q6_K) {
-            prefetch_l2(p.matrix + elements / 2 + block * 64);
-            prefetch_l2(p.matrix + elements / 4 * 3 + block * 16);
-            prefetch_l2(p.matrix + elements / 4 * 3 + elements / 16 + block * 2);
-        }
-    }
 }
 
 template <int F> struct Unit;
