@@ -15,6 +15,10 @@
 #define MAX_TOP_K 256
 #define MINUS_INFINITY __uint_as_float(0xff800000u)
 
+// Not inlined: a function for each format, called by all phases, compiles in a fraction of the time and stays in the instruction cache.
+// Such functions are given the Decode in shared memory, so that others can read the kernel's argument where it is.
+#define CALLED static __device__ __noinline__
+
 // Flags of a sequence.
 #define NOT_FINITE 1u
 #define NO_ROOM 2u
@@ -51,7 +55,6 @@ struct Decode {
     u32* barrier;        // [2]: arrivals within a launch, blocks that left it
     float* x;            // [2, MAX_SEQUENCE, stride] residual stream, written to the one while the other is read
     float* parts;        // [MAX_PART, MAX_SEQUENCE, stride] of the sums that are added to it
-    float* q;            // [MAX_SEQUENCE, n_embd]
     float* attended;     // [MAX_SPLIT, MAX_SEQUENCE, n_embd] not yet divided by their sums
     float* attended_sums; // [MAX_SPLIT, MAX_SEQUENCE, n_head, 2]: maximum and sum
     u8* hidden;          // [n_active, n_ff / 32] pieces of activations
@@ -81,11 +84,31 @@ struct Share {
     u32 share;
 };
 
+// Units [begin, end) of a stack of matrices, tile by tile of 16 rows.
+struct Job {
+    const u8* data;
+    u64 matrix_bytes;
+    u32 n_row, n_col;
+    u32 first_row, end_row; // the rows that are wanted of each matrix
+    u32 n_tile;             // of one matrix
+    u32 n_chunk;            // units side by side in one matrix
+    u32 units;              // of a tile: n_chunk, or where the sum goes over all active matrices that many times more
+    bool deep;              // which of the two
+    u32 begin, end;
+    const u32* expert;      // the matrix of each active one; null of a single matrix
+    const Matrix* several;  // matrices of one shape and format, instead of experts
+};
+
 struct Small {
-    Block block;
+    Decode decode; // for functions that are called
+    Block blocks[2]; // of this layer and the next
     Routing routing;
+    Job job;       // of the phase
+    Share share;   // of the phase, where it cuts sums
     Share pending; // what the parts belong to
-    float stats[2][DECODE_WARPS];
+    u32 positions[MAX_SEQUENCE];
+    u32 slots[MAX_SEQUENCE];
+    float4 stats[DECODE_WARPS];
     float router_logits[MAX_SEQUENCE][MAX_EXPERT];
     u64 best[MAX_SEQUENCE][DECODE_WARPS];
     u32 histogram[256];
@@ -97,7 +120,8 @@ struct Small {
 #define RING 2
 #define UNIT_BYTES 3840
 #define RED_BYTES 16896
-#define SMALL_BYTES 10240
+#define SMALL_BYTES 11264
+
 static_assert(sizeof(Small) <= SMALL_BYTES, "src/decode.rs asks for as much");
 
 // A block's shared memory. `stride` is n_embd rounded up to 32.
@@ -107,20 +131,41 @@ struct Shared {
     u8* halves;   // [stride / 32] pieces of activations: [8 columns, 32] f16, see put_activation
     float* sums;  // [stride / 16, MAX_SEQUENCE]
     float* x;     // [MAX_SEQUENCE, stride]
+    float* heads; // [3, MAX_SEQUENCE, head_dim] a head's query, key and value
     Small* small;
     u32 stride;
 };
 
-DEVICE Shared shared_of(u8* memory, u32 n_embd) {
+DEVICE Shared shared_of(u8* memory, const Model& m) {
     Shared s;
-    s.stride = (n_embd + 31) / 32 * 32;
+    s.stride = (m.n_embd + 31) / 32 * 32;
     s.ring = memory;
     s.red = (float*)(memory + DECODE_WARPS * RING * UNIT_BYTES);
     s.halves = (u8*)s.red + RED_BYTES;
     s.sums = (float*)(s.halves + s.stride * 16);
     s.x = s.sums + s.stride / 16 * MAX_SEQUENCE;
-    s.small = (Small*)(s.x + s.stride * MAX_SEQUENCE);
+    s.heads = s.x + s.stride * MAX_SEQUENCE;
+    s.small = (Small*)(s.heads + 3 * MAX_SEQUENCE * m.head_dim);
     return s;
+}
+
+// grid_barrier() in two, for work that needs nothing of what is waited for. The last warp has the fewest units: it can be spared.
+DEVICE void grid_arrive(u32* counter) {
+    __syncthreads();
+    if (threadIdx.x == DECODE_THREADS - WARP) add_release(counter, 1);
+}
+DEVICE void grid_wait(const u32* counter, u32& round) {
+    round += 1;
+    if (threadIdx.x == DECODE_THREADS - WARP)
+        while ((int)(load_acquire(counter) - round * gridDim.x) < 0) pause();
+    __syncthreads();
+}
+
+// Asks the second-level cache for what some block will read: each for some of it.
+CALLED void prefetch(const void* p, u64 bytes, u32 rank, u32 n_block) {
+    if (!p) return;
+#pragma unroll 1
+    for (u64 at = (u64)(threadIdx.x * n_block + rank) * 128; at < bytes; at += (u64)DECODE_THREADS * 128 * n_block) prefetch_l2((const u8*)p + at);
 }
 
 DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
@@ -176,5 +221,5 @@ DEVICE float sum_of_4(float x) {
 DEVICE u32 count_bits(u32 v) {
     v -= v >> 1 & 0x55555555u;
     v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
-    return ((v + (v >> 4) & 0x0f0f0f0fu) * 0x01010101u) >> 24;
+    return (((v + (v >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24;
 }

@@ -1,244 +1,260 @@
-// The phases of a token. Each has a beginning that may run before the phase's inputs are there (it starts the copies of weights) and the
-// rest; the persistent kernel waits for the grid between the two, a graph's kernels run one after the other.
+// The phases of a token, as functions of a block's place in the grid. Each has a beginning that needs nothing of the phase before (it
+// starts the copies of weights) and the rest. The persistent kernel waits for the grid between the two, a graph's kernels run one after
+// the other.
 #pragma once
 #include "decode_attention.cuh"
 #include "decode_norm.cuh"
 #include "decode_product.cuh"
 #include "decode_sample.cuh"
 
-// The description of a block of the model.
+enum Phase { PHASE_ATTENTION, PHASE_OUT, PHASE_UP, PHASE_DOWN, PHASE_HEAD };
+
+DEVICE const Block& block_of(const Shared& s, u32 layer) { return s.small->blocks[layer & 1]; }
+
+// The description of a block of the model; readers are to wait for the block first.
 DEVICE void load_block(const Decode& d, const Shared& s, u32 layer) {
     const u32* from = (const u32*)(d.model.blocks + layer);
-    u32* to = (u32*)&s.small->block;
-    __syncthreads();
+    u32* to = (u32*)&s.small->blocks[layer & 1];
     for (u32 i = threadIdx.x; i < sizeof(Block) / 4; i += DECODE_THREADS) to[i] = from[i];
-    __syncthreads();
+}
+DEVICE void load_sequences(const Decode& d, const Shared& s) {
+    if (threadIdx.x >= d.n_sequence) return;
+    s.small->positions[threadIdx.x] = load_fresh(d.positions + threadIdx.x);
+    s.small->slots[threadIdx.x] = load_fresh(d.slots + threadIdx.x);
+}
+// A kernel of one phase has no routing yet.
+DEVICE void load_routing(const Decode& d, const Shared& s) {
+    for (u32 i = threadIdx.x; i < sizeof(Routing) / 4; i += DECODE_THREADS) ((u32*)&s.small->routing)[i] = load_fresh(d.routing + i);
 }
 
 DEVICE float bias_of(const float* bias, u32 row) { return bias ? bias[row] : 0.0f; }
 
-// Queries, keys and values are three matrices whose tiles follow each other.
-DEVICE const Matrix& qkv_matrix(const Block& b, u32 which) { return which == 0 ? b.q : which == 1 ? b.k : b.v; }
-DEVICE Job qkv_job(const Block& b, u32 which, u32 rank, u32 n_block) {
-    Job j = job_of(qkv_matrix(b, which), 0);
-    u32 first = (u32)((u64)3 * j.n_tile * rank / n_block), last = (u32)((u64)3 * j.n_tile * (rank + 1) / n_block);
-    u32 from = which * j.n_tile, to = from + j.n_tile;
-    first = first > from ? first : from;
-    last = last < to ? last : to;
-    if (first < last) {
-        j.begin = (first - from) * j.units;
-        j.end = (last - from) * j.units;
+// What becomes of the rows of a product.
+struct Write {
+    const Decode& d;
+    const Shared& s;
+    const Job& j;
+    u32 phase, layer, which, rank;
+    const float* bias;
+    Share share;                 // of PHASE_OUT and PHASE_DOWN
+    float early[4];              // biases of the row that a thread writes first
+
+    DEVICE float bias_at(u32 active, u32 row) const {
+        const Routing& routing = s.small->routing;
+        if (phase == PHASE_ATTENTION) return row < j.end_row ? bias_of(j.several[active].bias, row) : 0.0f;
+        return row < j.n_row ? bias_of(bias, (j.expert ? routing.expert[active] : 0) * j.n_row + row) : 0.0f;
     }
+    DEVICE u32 active_of(u32 tile) const { return j.deep ? 0 : tile / j.n_tile; }
+
+    DEVICE void prepare(u32 tile, u32 row) {
+        u32 active = active_of(tile), n = j.deep && j.expert ? s.small->routing.n_active : 1;
+        bool inside = tile * j.units < j.end;
+        row += j.first_row + (tile - active * j.n_tile) * 16;
+#pragma unroll
+        for (int i = 0; i < 4; i++) early[i] = inside && i < (int)n ? bias_at(j.deep ? i : active, row) : 0.0f;
+    }
+
+    DEVICE void row(u32 tile, u32 row, u32 sequence, float sum, bool first, bool valid, bool is_early) {
+        const Routing& routing = s.small->routing;
+        u32 active = active_of(tile), at = (tile - active * j.n_tile) * 16 + row;
+        row = j.first_row + at;
+        bool inside = valid && row < j.end_row;
+        if (j.deep) {
+            if (!inside) return;
+            if (first) {
+                u32 n = j.expert ? routing.n_active : 1;
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    if (i < (int)n) sum = fmaf(j.expert ? routing.weight[i][sequence] : 1.0f, is_early ? early[i] : bias_at(i, row), sum);
+                for (u32 i = 4; i < n; i++) sum = fmaf(routing.weight[i][sequence], bias_at(i, row), sum);
+            }
+            u32 part = rank - tile * share.units / share.share;
+            d.parts[(part * MAX_SEQUENCE + sequence) * s.stride + row] = sum;
+            return;
+        }
+        if (inside) sum += is_early ? early[0] : bias_at(active, row);
+        if (phase == PHASE_ATTENTION) {
+            if (inside) s.heads[((which + active) * MAX_SEQUENCE + sequence) * d.model.head_dim + at] = sum;
+        } else if (phase == PHASE_UP) {
+            float h = 0.0f;
+            float weight = j.expert ? routing.weight[active][sequence] : 1.0f;
+            u32 activation = j.expert ? d.model.expert_activation : d.model.dense_activation;
+            // What a sequence did not choose must not reach it, not even as NaN.
+            if (inside && weight != 0.0f) h = weight * (activation == GELU_ERF ? gelu_erf(sum) : gelu_tanh(sum));
+            float total = sum_of_4(h);
+            total += __shfl_xor_sync(FULL, total, 4);
+            total += __shfl_xor_sync(FULL, total, 8);
+            if (!valid) return;
+            u32 column = active * block_of(s, layer).down.n_col + at;
+            u16 high, low;
+            split_halves(h, high, low);
+            u16* piece = (u16*)(d.hidden + (u64)(column / 32) * 512 + sequence * 128) + half_index(column % 32);
+            piece[0] = high;
+            piece[32] = low;
+            if (at % 16 == 0) d.hidden_sums[column / 16 * MAX_SEQUENCE + sequence] = total;
+        } else if (inside) {
+            d.logits[(u64)sequence * d.model.n_vocab + row] = sum;
+        }
+    }
+};
+
+DEVICE Share out_share(const Block& b, u32 n_block) { return share_of(b.out, 1, n_block); }
+DEVICE Share down_share(const Block& b, const Routing& r, u32 n_block) { return share_of(b.down, b.router ? r.n_active : 1, n_block); }
+DEVICE const u32* experts_of(const Block& b, const Routing& r) { return b.router ? r.expert : 0; }
+
+// The product of a phase but attention, which has several.
+CALLED Job job_of_phase(const Decode& d, const Block& b, const Routing& r, u32 phase, u32 rank, u32 n_block) {
+    switch (phase) {
+    case PHASE_OUT: return depth_job(b.out, 0, out_share(b, n_block), rank);
+    case PHASE_UP: return rows_job(b.up, experts_of(b, r), b.router ? r.n_active : 1, rank, n_block);
+    case PHASE_DOWN: return depth_job(b.down, experts_of(b, r), down_share(b, r, n_block), rank);
+    default: return rows_job(d.model.head, 0, 1, rank, n_block);
+    }
+}
+DEVICE u32 format_of_phase(const Decode& d, const Block& b, u32 phase) {
+    switch (phase) {
+    case PHASE_ATTENTION: return b.q.format;
+    case PHASE_OUT: return b.out.format;
+    case PHASE_UP: return b.up.format;
+    case PHASE_DOWN: return b.down.format;
+    default: return d.model.head.format;
+    }
+}
+
+// The first product of a block in the attention phase.
+DEVICE Job first_attention_job(const Decode& d, const Shared& s, const Block& b, const Item& it) {
+    Job j = head_job(&b.q, it.newest ? same_format(&b.q, 0, 3) : 1, it.head, d.model.head_dim);
+    if (!it.any) j.end = 0;
     return j;
 }
 
-DEVICE void qkv_begin(const Decode& d, const Shared& s, u32 layer, u32 rank, u32 n_block) {
-    load_block(d, s, layer);
-    for (u32 which = 0; which < 3; which++) {
-        Job j = qkv_job(s.small->block, which, rank, n_block);
-        if (j.begin < j.end) return start_product(j, qkv_matrix(s.small->block, which).format, s);
+// Before a phase's inputs are there.
+DEVICE void begin_phase(const Decode& d, const Shared& s, u32 phase, u32 layer, u32 rank, u32 n_block) {
+    const Block& b = block_of(s, layer);
+    if (phase == PHASE_UP && b.router) {
+        copy_router(d, s, b);
+        return;
     }
-}
-
-struct WriteQkv {
-    const Decode& d;
-    const float* bias;
-    u32 layer, which;
-    DEVICE void row(u32 tile, u32 row, u32 sequence, float sum, bool, bool valid) {
-        const Model& m = d.model;
-        row += tile * 16;
-        if (!valid || row >= m.n_embd) return;
-        sum += bias_of(bias, row);
-        if (which == 0) {
-            d.q[sequence * m.n_embd + row] = sum;
-            return;
-        }
-        u32 position = load_fresh(d.positions + sequence), head = row / m.head_dim;
-        if (position >= d.caches.n_ctx) return;
-        u64 at = ((u64)((2 * layer + which - 1) * m.n_head + head) * d.caches.n_ctx + position) * m.head_dim + row % m.head_dim;
-        u8* cache = d.caches.data + d.caches.stride * load_fresh(d.slots + sequence);
-        if (m.cache_f32) ((float*)cache)[at] = sum;
-        else ((u16*)cache)[at] = to_f16(sum);
+    Job j;
+    if (phase == PHASE_ATTENTION) {
+        Item it = item_of(d, *s.small, rank, n_block);
+        j = first_attention_job(d, s, b, it);
+        if (it.any) prefetch_past(d, *s.small, layer, it);
+    } else {
+        j = job_of_phase(s.small->decode, b, s.small->routing, phase, rank, n_block);
     }
-};
-
-DEVICE void qkv_run(const Decode& d, const Shared& s, u32 layer, u32 rank, u32 n_block) {
-    const Block& b = s.small->block;
-    normalize(d, s, b.norm1, layer == 0 ? FROM_EMBEDDING : FROM_PARTS, 1, rank);
-    bool started = true;
-    for (u32 which = 0; which < 3; which++) {
-        const Matrix& matrix = qkv_matrix(b, which);
-        Job j = qkv_job(b, which, rank, n_block);
-        if (j.begin >= j.end) continue;
-        if (!started) start_product(j, matrix.format, s);
-        started = false;
-        WriteQkv write = {d, matrix.bias, layer, which};
-        multiply<true>(j, matrix.format, s.halves, s.sums, d.n_sequence, s, write);
-    }
-}
-
-DEVICE void attention_run(const Decode& d, const Shared& s, u32 layer, u32 rank, u32 n_block) {
-    if (d.model.cache_f32) attend_cache<true>(d, s, layer, rank, n_block);
-    else attend_cache<false>(d, s, layer, rank, n_block);
-}
-
-struct WriteParts {
-    const Decode& d;
-    const Routing& routing;
-    Share share;
-    const float* bias; // [n_matrix, n_row]
-    u32 n_row, rank, stride;
-    DEVICE void row(u32 tile, u32 row, u32 sequence, float sum, bool first, bool valid) {
-        u32 part = rank - tile * share.units / share.share;
-        row += tile * 16;
-        if (!valid || row >= n_row) return;
-        if (first && bias)
-            for (u32 i = 0; i < routing.n_active; i++) sum = fmaf(routing.weight[i][sequence], bias[routing.expert[i] * n_row + row], sum);
-        d.parts[(part * MAX_SEQUENCE + sequence) * stride + row] = sum;
-    }
-};
-
-DEVICE void out_begin(const Decode&, const Shared& s, u32 rank, u32 n_block) {
-    const Matrix& m = s.small->block.out;
-    start_product(depth_job(m, 0, share_of(m, 1, n_block), rank), m.format, s);
-}
-
-DEVICE void out_run(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
-    const Matrix& m = s.small->block.out;
-    Share share = share_of(m, 1, n_block);
-    Job j = depth_job(m, 0, share, rank);
+    // For the rest of the phase, which begins after a wait.
     if (threadIdx.x == 0) {
-        Routing& routing = s.small->routing;
-        routing.n_active = 1;
-        routing.expert[0] = 0;
-        for (u32 i = 0; i < MAX_SEQUENCE; i++) routing.weight[0][i] = 1.0f;
+        s.small->job = j;
+        if (phase == PHASE_OUT) s.small->share = out_share(b, n_block);
+        if (phase == PHASE_DOWN) s.small->share = down_share(b, s.small->routing, n_block);
     }
-    u32 pieces = unit_columns(m.format) / 32, n = (j.end - j.begin) * pieces, all = m.n_col / 32;
-    gather_attended(d, s, j.begin % j.units * pieces, n < all ? n : all, n_block);
-    WriteParts write = {d, s.small->routing, share, m.bias, m.n_row, rank, s.stride};
-    multiply<true>(j, m.format, s.halves, s.sums, d.n_sequence, s, write);
-    if (threadIdx.x == 0) s.small->pending = share;
+    start_product(j, format_of_phase(d, b, phase), s);
 }
 
-struct WriteHidden {
-    const Decode& d;
-    const Routing& routing;
-    const float* bias;
-    u32 n_tile, n_row, padded, activation;
-    DEVICE void row(u32 tile, u32 row, u32 sequence, float sum, bool, bool valid) {
-        u32 active = tile / n_tile, at = tile % n_tile * 16 + row;
-        float h = 0.0f;
-        if (valid && at < n_row) {
-            float weight = routing.weight[active][sequence];
-            sum += bias_of(bias, routing.expert[active] * n_row + at);
-            // What a sequence did not choose must not reach it, not even as NaN.
-            if (weight != 0.0f) h = weight * (activation == GELU_ERF ? gelu_erf(sum) : gelu_tanh(sum));
+// Asks for what a block will read in a layer whatever is routed where, so that memory has work while the grid waits.
+CALLED void prefetch_layer(const Decode& d, const Shared& s, u32 layer, u32 rank, u32 n_block) {
+    const Model& m = d.model;
+    if (layer >= m.n_layer) {
+        prefetch(m.output_norm.scale, m.n_embd * 4, rank, n_block);
+        prefetch(m.output_norm.shift, m.n_embd * 4, rank, n_block);
+        return;
+    }
+    const Block& b = block_of(s, layer);
+#pragma unroll 1
+    for (const Matrix* matrix = &b.q; matrix <= &b.out; matrix++) {
+        prefetch(matrix->data, matrix->matrix_bytes, rank, n_block);
+        prefetch(matrix->bias, matrix->n_row * 4, rank, n_block);
+    }
+    u32 n_matrix = b.router ? m.n_expert : 1;
+    if (b.router) {
+        prefetch(b.router, m.n_expert * m.n_embd * 4, rank, n_block);
+    } else {
+        prefetch(b.up.data, b.up.matrix_bytes, rank, n_block);
+        prefetch(b.down.data, b.down.matrix_bytes, rank, n_block);
+    }
+    prefetch(b.up.bias, (u64)n_matrix * b.up.n_row * 4, rank, n_block);
+    prefetch(b.down.bias, (u64)n_matrix * b.down.n_row * 4, rank, n_block);
+    prefetch(b.norm1.scale, m.n_embd * 4, rank, n_block);
+    prefetch(b.norm1.shift, m.n_embd * 4, rank, n_block);
+    prefetch(b.norm2.scale, m.n_embd * 4, rank, n_block);
+    prefetch(b.norm2.shift, m.n_embd * 4, rank, n_block);
+}
+
+DEVICE void run_phase(const Decode& d, const Shared& s, u32 phase, u32 layer, u32 rank, u32 n_block) {
+    Small& small = *s.small;
+    const Block& b = block_of(s, layer);
+    u32 n_item = 1;
+    if (phase == PHASE_OUT) {
+        u32 pieces = unit_columns(b.out.format) / 32, all = b.out.n_col / 32;
+        const Job& j = small.job;
+        u32 n = (j.end - j.begin) * pieces;
+        gather_attended(d, s, j.begin % j.units * pieces, n < all ? n : all, n_block);
+    } else if (phase != PHASE_DOWN) {
+        Norm norm = phase == PHASE_ATTENTION ? b.norm1 : phase == PHASE_UP ? b.norm2 : d.model.output_norm;
+        if (phase == PHASE_UP && b.router) copy_async_wait<0>();
+        normalize(d, s, norm, phase == PHASE_ATTENTION && layer == 0 ? FROM_EMBEDDING : FROM_PARTS, phase == PHASE_UP ? 0 : 1, rank);
+        if (phase == PHASE_ATTENTION) n_item = item_count(d, n_block);
+        if (phase == PHASE_UP && b.router) route(d, s, b);
+    }
+
+    bool started = !(phase == PHASE_UP && b.router);
+    Job& j = small.job;
+    Write write = {small.decode, s, j, phase, layer, 0, rank, phase == PHASE_OUT ? b.out.bias : phase == PHASE_UP ? b.up.bias : phase == PHASE_DOWN ? b.down.bias : d.model.head.bias, {1, 1}, {0, 0, 0, 0}};
+    const u8* halves = phase == PHASE_DOWN ? d.hidden : s.halves;
+    const float* sums = phase == PHASE_DOWN ? d.hidden_sums : s.sums;
+    if (phase == PHASE_OUT || phase == PHASE_DOWN) write.share = small.share;
+    for (u32 item = phase == PHASE_ATTENTION ? rank : 0; item < n_item; item += n_block) {
+        Item it;
+        u32 format = format_of_phase(d, b, phase), n_matrix = 1;
+        if (item >= n_block) started = false;
+        if (phase == PHASE_ATTENTION) {
+            it = item_of(d, small, item, n_block);
+            if (!it.any) continue;
+            n_matrix = it.newest ? 3 : 1;
         }
-        float total = sum_of_4(h);
-        total += __shfl_xor_sync(FULL, total, 4);
-        total += __shfl_xor_sync(FULL, total, 8);
-        if (!valid) return;
-        u32 column = active * padded + at;
-        u16 high, low;
-        split_halves(h, high, low);
-        u16* piece = (u16*)(d.hidden + (u64)(column / 32) * 512 + sequence * 128) + half_index(column % 32);
-        piece[0] = high;
-        piece[32] = low;
-        if (row == 0) d.hidden_sums[column / 16 * MAX_SEQUENCE + sequence] = total;
-    }
-};
-
-DEVICE Job up_job(const Decode&, const Shared& s, u32 rank, u32 n_block) {
-    const Block& b = s.small->block;
-    const Routing& r = s.small->routing;
-    return rows_job(b.up, r.expert, b.router ? r.n_active : 1, rank, n_block);
-}
-
-DEVICE void up_begin(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
-    const Block& b = s.small->block;
-    if (!b.router) start_product(rows_job(b.up, 0, 1, rank, n_block), b.up.format, s);
-}
-
-DEVICE void up_run(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
-    const Block& b = s.small->block;
-    Routing& routing = s.small->routing;
-    normalize(d, s, b.norm2, FROM_PARTS, 0, rank);
-    route(d, s);
-    Job j = b.router ? rows_job(b.up, routing.expert, routing.n_active, rank, n_block) : rows_job(b.up, 0, 1, rank, n_block);
-    if (b.router) start_product(j, b.up.format, s);
-    if (rank == 0)
-        for (u32 i = threadIdx.x; i < sizeof(Routing) / 4; i += DECODE_THREADS) d.routing[i] = ((const u32*)&routing)[i];
-    WriteHidden write = {d, routing, b.up.bias, j.n_tile, b.up.n_row, b.down.n_col, b.router ? d.model.expert_activation : d.model.dense_activation};
-    multiply<true>(j, b.up.format, s.halves, s.sums, d.n_sequence, s, write);
-}
-
-// A kernel of its own has no routing yet.
-DEVICE void load_routing(const Decode& d, const Shared& s) {
-    for (u32 i = threadIdx.x; i < sizeof(Routing) / 4; i += DECODE_THREADS) ((u32*)&s.small->routing)[i] = load_fresh(d.routing + i);
-    __syncthreads();
-}
-
-DEVICE void down_begin(const Decode&, const Shared& s, u32 rank, u32 n_block) {
-    const Matrix& m = s.small->block.down;
-    const Routing& r = s.small->routing;
-    start_product(depth_job(m, r.expert, share_of(m, r.n_active, n_block), rank), m.format, s);
-}
-
-DEVICE void down_run(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
-    const Matrix& m = s.small->block.down;
-    const Routing& r = s.small->routing;
-    Share share = share_of(m, r.n_active, n_block);
-    WriteParts write = {d, r, share, m.bias, m.n_row, rank, s.stride};
-    multiply<false>(depth_job(m, r.expert, share, rank), m.format, d.hidden, d.hidden_sums, d.n_sequence, s, write);
-    if (threadIdx.x == 0) s.small->pending = share;
-}
-
-struct WriteLogits {
-    const Decode& d;
-    u64 best[MAX_SEQUENCE];
-    DEVICE void row(u32 tile, u32 row, u32 sequence, float sum, bool, bool valid) {
-        row += tile * 16;
-        if (!valid || row >= d.model.n_vocab) return;
-        sum += bias_of(d.model.head.bias, row);
-        d.logits[(u64)sequence * d.model.n_vocab + row] = sum;
-        u64 own = candidate(sum, row);
-#pragma unroll
-        for (int i = 0; i < MAX_SEQUENCE; i++)
-            if ((int)sequence == i && own > best[i]) best[i] = own;
-    }
-};
-
-DEVICE void head_begin(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
-    start_product(rows_job(d.model.head, 0, 1, rank, n_block), d.model.head.format, s);
-}
-
-DEVICE void head_run(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
-    const Matrix& m = d.model.head;
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    normalize(d, s, d.model.output_norm, FROM_PARTS, 1, rank);
-    Job j = rows_job(m, 0, 1, rank, n_block);
-    WriteLogits write = {d, {0, 0, 0, 0}};
-    multiply<true>(j, m.format, s.halves, s.sums, d.n_sequence, s, write);
-    if (d.pick == PICK_GREEDY) {
-#pragma unroll
-        for (int i = 0; i < MAX_SEQUENCE; i++) {
-            u64 best = warp_largest(write.best[i]);
-            if (lane == 0) s.small->best[i][warp] = best;
+        for (u32 which = 0; which < n_matrix;) {
+            u32 n = 1;
+            if (phase == PHASE_ATTENTION) {
+                n = same_format(&b.q, which, n_matrix);
+                format = (&b.q)[which].format;
+            }
+            if (!started) {
+                Job own = phase == PHASE_ATTENTION ? head_job(&b.q + which, n, it.head, d.model.head_dim)
+                                                   : job_of_phase(small.decode, b, small.routing, phase, rank, n_block);
+                start_product(own, format, s);
+                if (threadIdx.x == 0) j = own;
+                __syncthreads();
+            }
+            started = false;
+            if (phase == PHASE_UP && b.router)
+                for (u32 i = 0; i < small.routing.n_active; i++)
+                    prefetch(b.down.data + small.routing.expert[i] * b.down.matrix_bytes, b.down.matrix_bytes, rank, n_block);
+            write.which = which;
+            multiply(j, format, halves, sums, d.n_sequence, s, write);
+            which += n;
         }
-        __syncthreads();
-        if (threadIdx.x < d.n_sequence) {
-            u64 best = 0;
-            for (u32 i = 0; i < DECODE_WARPS; i++) best = s.small->best[threadIdx.x][i] > best ? s.small->best[threadIdx.x][i] : best;
-            d.best[(u64)threadIdx.x * n_block + rank] = best;
+        if (phase == PHASE_ATTENTION) {
+            if (it.newest) attend_newest(d, s, layer, it.head);
+            else if (d.model.cache_f32) attend_past<true>(d, s, layer, it);
+            else attend_past<false>(d, s, layer, it);
+            if (item + n_block < n_item) __syncthreads();
         }
     }
-    if (d.pick == PICK_SAMPLE) {
-        u32 begin = j.begin / j.units * 16, end = j.end / j.units * 16;
-        pick_own(d, s, begin < m.n_row ? begin : m.n_row, end < m.n_row ? end : m.n_row, rank, n_block);
+
+    if ((phase == PHASE_OUT || phase == PHASE_DOWN) && threadIdx.x == 0) small.pending = write.share;
+    if (phase == PHASE_UP && b.router && rank == 0)
+        for (u32 i = threadIdx.x; i < sizeof(Routing) / 4; i += DECODE_THREADS) d.routing[i] = ((const u32*)&small.routing)[i];
+    if (phase == PHASE_HEAD && d.pick != PICK_LOGITS) {
+        u32 n_row = d.model.n_vocab, begin = j.begin / j.units * 16, end = j.end / j.units * 16;
+        begin = begin < n_row ? begin : n_row;
+        end = end < n_row ? end : n_row;
+        if (d.pick == PICK_GREEDY) pick_own_largest(small.decode, s, begin, end, rank, n_block);
+        else pick_own(small.decode, s, begin, end, rank, n_block);
     }
 }
 
-DEVICE void pick_run(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
+DEVICE void run_pick(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
     if (d.pick == PICK_GREEDY) pick_largest(d, rank, n_block);
-    if (d.pick == PICK_SAMPLE) pick_by_rules(d, s, rank, n_block);
+    if (d.pick == PICK_SAMPLE) pick_by_rules(s.small->decode, s, rank, n_block);
 }

@@ -3,31 +3,21 @@
 #pragma once
 #include "decode.cuh"
 
-// Units [begin, end) of a stack of matrices, tile by tile of 16 rows.
-struct Job {
-    const u8* data;
-    u64 matrix_bytes;
-    u32 n_row, n_col;
-    u32 n_tile;  // of one matrix
-    u32 n_chunk; // units side by side in one matrix
-    u32 units;   // of a tile: n_chunk, or where the sum goes over all active matrices that many times more
-    bool deep;   // which of the two
-    u32 begin, end;
-    const u32* expert; // the matrix of each active one; null of a single matrix
-};
-
 DEVICE Job job_of(const Matrix& m, const u32* expert) {
     Job j;
     j.data = m.data;
     j.matrix_bytes = m.matrix_bytes;
     j.n_row = m.n_row;
     j.n_col = m.n_col;
+    j.first_row = 0;
+    j.end_row = m.n_row;
     j.n_tile = ceil_div(m.n_row, 16);
     j.n_chunk = ceil_div(m.n_col, unit_columns(m.format));
     j.units = j.n_chunk;
     j.deep = false;
-    j.expert = expert;
     j.begin = j.end = 0;
+    j.expert = expert;
+    j.several = 0;
     return j;
 }
 
@@ -35,8 +25,8 @@ DEVICE Job job_of(const Matrix& m, const u32* expert) {
 DEVICE Job rows_job(const Matrix& m, const u32* expert, u32 n_active, u32 rank, u32 n_block) {
     Job j = job_of(m, expert);
     u32 total = j.n_tile * n_active;
-    j.begin = (u32)((u64)total * rank / n_block) * j.units;
-    j.end = (u32)((u64)total * (rank + 1) / n_block) * j.units;
+    j.begin = total * rank / n_block * j.units;
+    j.end = total * (rank + 1) / n_block * j.units;
     return j;
 }
 
@@ -46,9 +36,20 @@ DEVICE Job depth_job(const Matrix& m, const u32* expert, Share share, u32 rank) 
     j.units = share.units;
     j.deep = true;
     u32 total = j.units * j.n_tile;
-    u64 begin = (u64)share.share * rank;
-    j.begin = begin < total ? (u32)begin : total;
-    j.end = begin + share.share < total ? (u32)begin + share.share : total;
+    u32 begin = share.share * rank;
+    j.begin = begin < total ? begin : total;
+    j.end = begin + share.share < total ? begin + share.share : total;
+    return j;
+}
+
+// The rows of a head in `n` matrices that follow each other.
+DEVICE Job head_job(const Matrix* several, u32 n, u32 head, u32 head_dim) {
+    Job j = job_of(several[0], 0);
+    j.several = several;
+    j.first_row = head * head_dim;
+    j.end_row = j.first_row + head_dim;
+    j.n_tile = ceil_div(head_dim, 16);
+    j.end = n * j.n_tile * j.units;
     return j;
 }
 
@@ -56,8 +57,25 @@ struct Place {
     const u8* matrix;
     u32 row;   // first
     u32 chunk; // within the matrix
-    u32 piece; // of activations, the first
+    u32 active;
 };
+
+DEVICE Place place_of(const Job& j, u32 unit) {
+    u32 tile = unit / j.units, chunk = unit - tile * j.units, active = 0;
+    if (j.deep) {
+        active = chunk / j.n_chunk;
+        chunk -= active * j.n_chunk;
+    } else if (j.expert || j.several) {
+        active = tile / j.n_tile;
+        tile -= active * j.n_tile;
+    }
+    Place p;
+    p.matrix = j.several ? j.several[active].data : j.data + (j.expert ? j.expert[active] * j.matrix_bytes : 0);
+    p.row = j.first_row + tile * 16;
+    p.chunk = chunk;
+    p.active = active;
+    return p;
+}
 
 template <int F> struct Unit;
 template <> struct Unit<FORMAT_F32> { enum { COLUMNS = 32, STRIDE = 144 }; };
@@ -67,39 +85,22 @@ template <> struct Unit<FORMAT_Q8_0> { enum { COLUMNS = 128, STRIDE = 176 }; };
 template <> struct Unit<FORMAT_Q4_K> { enum { COLUMNS = 256, STRIDE = 144 }; };
 template <> struct Unit<FORMAT_Q6_K> { enum { COLUMNS = 256, STRIDE = 240 }; };
 
-template <int F> DEVICE Place place_of(const Job& j, u32 unit) {
-    u32 tile = unit / j.units, chunk = unit % j.units, active = 0;
-    if (j.deep) {
-        active = chunk / j.n_chunk;
-        chunk -= active * j.n_chunk;
-    } else if (j.expert) {
-        active = tile / j.n_tile;
-        tile -= active * j.n_tile;
-    }
-    Place p;
-    p.matrix = j.data + (j.expert ? j.expert[active] : 0) * j.matrix_bytes;
-    p.row = tile * 16;
-    p.chunk = chunk;
-    p.piece = chunk * (Unit<F>::COLUMNS / 32) + (j.deep ? active * (j.n_col / 32) : 0);
-    return p;
-}
-
 // Starts the copy of a unit. What lies beyond the matrix becomes zero.
 template <int F> DEVICE void copy_unit(const Job& j, u32 unit, u8* to) {
     enum { STRIDE = Unit<F>::STRIDE };
     u32 lane = threadIdx.x % WARP;
-    Place p = place_of<F>(j, unit);
+    Place p = place_of(j, unit);
     u64 elements = (u64)j.n_row * j.n_col;
     u32 row_bytes = F == FORMAT_F32 ? j.n_col * 4 : F == FORMAT_F16 || F == FORMAT_BF16 ? j.n_col * 2 : F == FORMAT_Q8_0 ? j.n_col : j.n_col / 2;
     const u8* quants = p.matrix + (u64)p.row * row_bytes + p.chunk * 128;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         u32 row = i * 4 + lane / 8, at = lane % 8 * 16;
-        bool inside = p.row + row < j.n_row && p.chunk * 128 + at < row_bytes;
+        bool inside = p.row + row < j.end_row && p.chunk * 128 + at < row_bytes;
         copy_async(to + row * STRIDE + at, inside ? quants + (u64)row * row_bytes + at : p.matrix, inside ? 16 : 0);
     }
     u32 row = lane / 2, part = lane % 2;
-    bool inside = p.row + row < j.n_row;
+    bool inside = p.row + row < j.end_row;
     if (F == FORMAT_Q8_0) {
         // The 16 bytes that hold a row's scales may begin before them, and they may reach into the next.
         u32 n_piece = j.n_col / 32, left = n_piece - p.chunk * 4;
@@ -117,7 +118,7 @@ template <int F> DEVICE void copy_unit(const Job& j, u32 unit, u8* to) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             u32 row = i * 8 + lane / 4, at = lane % 4 * 16;
-            bool inside = p.row + row < j.n_row;
+            bool inside = p.row + row < j.end_row;
             copy_async(to + row * STRIDE + 128 + at, inside ? high + (u64)row * (j.n_col / 4) + at : p.matrix, inside ? 16 : 0);
         }
         u64 block = (u64)(p.row + row) * (j.n_col / 256) + p.chunk;
@@ -136,13 +137,13 @@ DEVICE void cross_halves(u32 a, u32 b, u32& even, u32& odd) {
 }
 
 // The activations of one lane: of column `lane / 4` of each piece, sixteen bytes.
-template <int N, bool SHARED> DEVICE void load_activations(u32 (&b)[N][4], const u8* halves, u32 column, u32 n_column, u32 n_piece) {
+template <int N> DEVICE void load_activations(u32 (&b)[N][4], const u8* halves, u32 column, u32 n_column, u32 n_piece) {
     u32 t = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const u8* at = halves + i * 512 + column * 64 + t * 16;
         float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (column < n_column && i < (int)n_piece) v = SHARED ? *(const float4*)at : load_fresh4((const float*)at);
+        if (column < n_column && i < (int)n_piece) v = *(const float4*)at;
         b[i][0] = __float_as_uint(v.x);
         b[i][1] = __float_as_uint(v.y);
         b[i][2] = __float_as_uint(v.z);
@@ -168,13 +169,14 @@ template <int F> DEVICE float4 weights4(const u8* row, u32 column) {
 }
 
 // Adds a unit's products: acc[0] + acc[1] / 2048 is row lane / 4 of sequence lane % 4, acc[2] and acc[3] the row 8 below.
-template <int F, bool SHARED>
+template <int F>
 DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* halves, const float* sums, u32 n_sequence, float (&acc)[4]) {
     enum { STRIDE = Unit<F>::STRIDE, PIECES = Unit<F>::COLUMNS / 32 };
     u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    Place p = place_of<F>(j, unit);
+    Place p = place_of(j, unit);
     u32 left = j.n_col / 32 - p.chunk * PIECES, n_piece = left < PIECES ? left : PIECES;
-    halves += (u64)p.piece * 512;
+    u32 piece = p.chunk * PIECES + (j.deep ? p.active * (j.n_col / 32) : 0);
+    halves += (u64)piece * 512;
     const u8* upper = weights + g * STRIDE;
     const u8* lower = upper + 8 * STRIDE;
 
@@ -192,8 +194,8 @@ DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* h
             for (int s = 0; s < MAX_SEQUENCE; s++) {
                 if (s >= (int)n_sequence) break;
                 u32 high[1][4], low[1][4];
-                load_activations<1, SHARED>(high, halves + i * 512, 2 * s, 8, 1);
-                load_activations<1, SHARED>(low, halves + i * 512, 2 * s + 1, 8, 1);
+                load_activations<1>(high, halves + i * 512, 2 * s, 8, 1);
+                load_activations<1>(low, halves + i * 512, 2 * s + 1, 8, 1);
                 float4 x0 = whole(high[0], low[0]), x1 = whole(high[0] + 2, low[0] + 2);
                 d[0][s] = dot4(u1, x1, dot4(u0, x0, d[0][s]));
                 d[1][s] = dot4(l1, x1, dot4(l0, x0, d[1][s]));
@@ -211,7 +213,7 @@ DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* h
     }
 
     u32 b[PIECES][4];
-    load_activations<PIECES, SHARED>(b, halves, g, 2 * n_sequence, n_piece);
+    load_activations<PIECES>(b, halves, g, 2 * n_sequence, n_piece);
     if (F == FORMAT_F16) {
 #pragma unroll
         for (int i = 0; i < PIECES * 2; i++) {
@@ -257,7 +259,7 @@ DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* h
         const u32 un[2] = {uh.z & 0x3f3f3f3fu, (uh.w >> 4 & 0x0f0f0f0fu) | (uh.z >> 2 & 0x30303030u)};
         const u32 ls[2] = {lh.y & 0x3f3f3f3fu, (lh.w & 0x0f0f0f0fu) | (lh.y >> 2 & 0x30303030u)};
         const u32 ln[2] = {lh.z & 0x3f3f3f3fu, (lh.w >> 4 & 0x0f0f0f0fu) | (lh.z >> 2 & 0x30303030u)};
-        sums += (u64)p.piece * 2 * MAX_SEQUENCE + t;
+        sums += (u64)piece * 2 * MAX_SEQUENCE + t;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -277,7 +279,7 @@ DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* h
             const float nibble = i % 2 ? 0.0625f : 1.0f;
             float u = ud * nibble * byte_of(us[i / 4], i % 4), l = ld * nibble * byte_of(ls[i / 4], i % 4);
             const float* at = sums + i * 2 * MAX_SEQUENCE;
-            float sum = SHARED ? at[0] + at[MAX_SEQUENCE] : load_fresh(at) + load_fresh(at + MAX_SEQUENCE);
+            float sum = at[0] + at[MAX_SEQUENCE];
             acc[0] = fmaf(u, d[0], fmaf(-um * byte_of(un[i / 4], i % 4), sum, acc[0]));
             acc[1] = fmaf(u, d[1], acc[1]);
             acc[2] = fmaf(l, d[2], fmaf(-lm * byte_of(ln[i / 4], i % 4), sum, acc[2]));
@@ -328,10 +330,10 @@ DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* h
 }
 
 // Starts the copies of a warp's first units: before whatever its product must wait for.
-template <int F> DEVICE void start_units(const Job& j, const Shared& s) {
+template <int F> CALLED void start_units(const Job& j, const Shared& s) {
     u32 warp = threadIdx.x / WARP;
     u8* ring = s.ring + warp * (RING * UNIT_BYTES);
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < RING; i++) {
         u32 unit = j.begin + warp + i * DECODE_WARPS;
         if (unit < j.end) copy_unit<F>(j, unit, ring + i * UNIT_BYTES);
@@ -350,15 +352,37 @@ DEVICE void start_product(const Job& j, u32 format, const Shared& s) {
     }
 }
 
-// Multiplies a block's units, whose first copies were started. `write.row(tile, row, sequence, sum, first)` gets every row of every tile,
-// by 16 neighbouring lanes for the rows of a tile; `first` says whether the sum holds the tile's first unit. `valid` is false for lanes
-// that only keep others company.
-template <int F, bool SHARED, class Write>
-DEVICE void multiply_units(const Job& j, const u8* halves, const float* sums, u32 n_sequence, const Shared& s, Write& write) {
+// Adds the sums of warps for `n_tile` tiles from `tile0` on.
+template <class Write> CALLED void finish_tiles(const Job& j, u32 tile0, u32 n_tile, u32 n_sequence, const Shared& s, Write& write) {
+    u32 slots = j.units < DECODE_WARPS ? j.units : DECODE_WARPS, n = n_tile * n_sequence * 16;
+#pragma unroll 1
+    for (u32 i = threadIdx.x; i < (n + 31) / 32 * 32; i += DECODE_THREADS) {
+        u32 row = i % 16, sequence = i / 16 % n_sequence, tile = tile0 + i / 16 / n_sequence;
+        float sum = 0.0f;
+        bool first = false;
+        if (i < n) {
+            u32 from = tile * j.units > j.begin ? tile * j.units : j.begin;
+            u32 to = (tile + 1) * j.units < j.end ? (tile + 1) * j.units : j.end;
+            u32 n_part = to - from < slots ? to - from : slots;
+            const float* red = s.red + (tile - tile0) * slots * 64 + sequence * 16 + row;
+#pragma unroll 4
+            for (u32 part = 0; part < n_part; part++) sum += red[part * 64];
+            first = from == tile * j.units;
+        }
+        write.row(tile, row, sequence, sum, first, i < n, i == threadIdx.x && tile0 * j.units <= j.begin);
+    }
+}
+
+// Multiplies a block's units, whose first copies were started. `write.row` gets every row of every tile, by 16 neighbouring lanes for
+// the rows of a tile; `first` says whether the sum holds the tile's first unit; `valid` is false for lanes that only keep others
+// company. `write.prepare` is told before of the row that a thread will write first, of which the later call then says that it is `early`.
+template <int F, class Write>
+CALLED void multiply_units(const Job& j, const u8* halves, const float* sums, u32 n_sequence, const Shared& s, Write& write) {
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
     u8* ring = s.ring + warp * (RING * UNIT_BYTES);
     u32 slots = j.units < DECODE_WARPS ? j.units : DECODE_WARPS, batch = 64 / slots;
     u32 next = j.begin + warp, turn = 0;
+    if (j.begin < j.end) write.prepare(j.begin / j.units + threadIdx.x / 16 / n_sequence, threadIdx.x % 16);
     for (u32 tile0 = j.begin / j.units; tile0 * j.units < j.end; tile0 += batch) {
         u32 batch_end = (tile0 + batch) * j.units < j.end ? (tile0 + batch) * j.units : j.end;
         while (next < batch_end) {
@@ -371,7 +395,7 @@ DEVICE void multiply_units(const Job& j, const u8* halves, const float* sums, u3
                 copy_async_wait<RING - 1>();
                 __syncwarp();
                 u8* unit = ring + turn * UNIT_BYTES;
-                multiply_unit<F, SHARED>(j, next, unit, halves, sums, n_sequence, acc);
+                multiply_unit<F>(j, next, unit, halves, sums, n_sequence, acc);
                 __syncwarp();
                 if (next + RING * DECODE_WARPS < j.end) copy_unit<F>(j, next + RING * DECODE_WARPS, unit);
                 copy_async_commit();
@@ -383,33 +407,19 @@ DEVICE void multiply_units(const Job& j, const u8* halves, const float* sums, u3
             red[8] = fmaf(acc[3], 1.0f / LOW_SCALE, acc[2]);
         }
         __syncthreads();
-        u32 n_tile = ceil_div(batch_end, j.units) - tile0, n = n_tile * n_sequence * 16;
-        for (u32 i = threadIdx.x; i < (n + 31) / 32 * 32; i += DECODE_THREADS) {
-            u32 row = i % 16, sequence = i / 16 % n_sequence, tile = tile0 + i / 16 / n_sequence;
-            float sum = 0.0f;
-            bool first = false;
-            if (i < n) {
-                u32 from = tile * j.units > j.begin ? tile * j.units : j.begin;
-                u32 to = (tile + 1) * j.units < j.end ? (tile + 1) * j.units : j.end;
-                u32 n_part = to - from < slots ? to - from : slots;
-                const float* red = s.red + (tile - tile0) * slots * 64 + sequence * 16 + row;
-                for (u32 part = 0; part < n_part; part++) sum += red[part * 64];
-                first = from == tile * j.units;
-            }
-            write.row(tile, row, sequence, sum, first, i < n);
-        }
+        finish_tiles(j, tile0, ceil_div(batch_end, j.units) - tile0, n_sequence, s, write);
         __syncthreads();
     }
 }
 
-template <bool SHARED, class Write>
+template <class Write>
 DEVICE void multiply(const Job& j, u32 format, const u8* halves, const float* sums, u32 n_sequence, const Shared& s, Write& write) {
     switch (format) {
-    case FORMAT_F32: return multiply_units<FORMAT_F32, SHARED>(j, halves, sums, n_sequence, s, write);
-    case FORMAT_F16: return multiply_units<FORMAT_F16, SHARED>(j, halves, sums, n_sequence, s, write);
-    case FORMAT_BF16: return multiply_units<FORMAT_BF16, SHARED>(j, halves, sums, n_sequence, s, write);
-    case FORMAT_Q8_0: return multiply_units<FORMAT_Q8_0, SHARED>(j, halves, sums, n_sequence, s, write);
-    case FORMAT_Q4_K: return multiply_units<FORMAT_Q4_K, SHARED>(j, halves, sums, n_sequence, s, write);
-    case FORMAT_Q6_K: return multiply_units<FORMAT_Q6_K, SHARED>(j, halves, sums, n_sequence, s, write);
+    case FORMAT_F32: return multiply_units<FORMAT_F32>(j, halves, sums, n_sequence, s, write);
+    case FORMAT_F16: return multiply_units<FORMAT_F16>(j, halves, sums, n_sequence, s, write);
+    case FORMAT_BF16: return multiply_units<FORMAT_BF16>(j, halves, sums, n_sequence, s, write);
+    case FORMAT_Q8_0: return multiply_units<FORMAT_Q8_0>(j, halves, sums, n_sequence, s, write);
+    case FORMAT_Q4_K: return multiply_units<FORMAT_Q4_K>(j, halves, sums, n_sequence, s, write);
+    case FORMAT_Q6_K: return multiply_units<FORMAT_Q6_K>(j, halves, sums, n_sequence, s, write);
     }
 }

@@ -32,7 +32,7 @@ DEVICE float penalized(float logit, const Sampling& by, u32 count) {
 }
 
 // Writes the k largest of n candidates, which all differ, in any order; zeros where there are fewer.
-DEVICE void select_largest(const u64* keys, u32 n, u32 k, u64* out, Small& small) {
+CALLED void select_largest(const u64* keys, u32 n, u32 k, u64* out, Small& small) {
     u32 lane = threadIdx.x % WARP;
     u64 known = 0, mask = 0; // the top bits of the smallest that is taken
     if (threadIdx.x == 0) {
@@ -79,7 +79,7 @@ DEVICE void select_largest(const u64* keys, u32 n, u32 k, u64* out, Small& small
 }
 
 // A block's candidates among tokens [begin, end), whose logits it wrote.
-DEVICE void pick_own(const Decode& d, const Shared& s, u32 begin, u32 end, u32 rank, u32 n_block) {
+CALLED void pick_own(const Decode& d, const Shared& s, u32 begin, u32 end, u32 rank, u32 n_block) {
     u64* keys = (u64*)s.ring;
     u32 n = end - begin;
     for (u32 sequence = 0; sequence < d.n_sequence; sequence++) {
@@ -96,6 +96,26 @@ DEVICE void pick_own(const Decode& d, const Shared& s, u32 begin, u32 end, u32 r
         __syncthreads();
         select_largest(keys, n, d.top_k, d.best + ((u64)sequence * n_block + rank) * d.top_k, *s.small);
     }
+}
+
+// The likeliest of them.
+CALLED void pick_own_largest(const Decode& d, const Shared& s, u32 begin, u32 end, u32 rank, u32 n_block) {
+    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    for (u32 sequence = 0; sequence < d.n_sequence; sequence++) {
+        const float* logits = d.logits + (u64)sequence * d.model.n_vocab;
+        u64 best = 0;
+        for (u32 i = begin + threadIdx.x; i < end; i += DECODE_THREADS) {
+            u64 own = candidate(load_fresh(logits + i), i);
+            best = own > best ? own : best;
+        }
+        best = warp_largest(best);
+        if (lane == 0) s.small->best[sequence][warp] = best;
+    }
+    __syncthreads();
+    if (threadIdx.x >= d.n_sequence) return;
+    u64 best = 0;
+    for (u32 i = 0; i < DECODE_WARPS; i++) best = s.small->best[threadIdx.x][i] > best ? s.small->best[threadIdx.x][i] : best;
+    d.best[(u64)threadIdx.x * n_block + rank] = best;
 }
 
 DEVICE void accept(const Decode& d, u32 sequence, u64 chosen) {
@@ -139,7 +159,7 @@ DEVICE u32 kept(const Sampling& by, const u64* sorted, const double* weights, u3
 }
 
 // By the rules: block `sequence` for each sequence.
-DEVICE void pick_by_rules(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
+CALLED void pick_by_rules(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
     Small& small = *s.small;
     for (u32 sequence = rank; sequence < d.n_sequence; sequence += n_block) {
         const Sampling by = d.sampling[sequence];

@@ -1,11 +1,12 @@
 //! One new token each for up to four sequences: everything from the embedding to the choice of the token stays on the GPU, so that steps
 //! can be queued ahead and the chosen tokens be read later.
 //!
-//! A step has five phases a block (queries, keys and values; attention; output projection; experts up; experts down), then the head and
-//! the choice: 5 n_layer + 1 waits of the whole grid, about 1 µs each. Of param-0.5b in Q4_K (head in Q6_K) on an H100 at 3 TB/s, 132
-//! multiprocessors, per block of the model: queries, keys and values 1.0 MB, 0.33 µs; attention at 512 positions 1.6 MB, 0.5 µs; output
-//! 0.33 MB, 0.1 µs; MoE up and down 4.0 MB each, 1.3 µs; dense up and down 1.3 MB each, 0.45 µs; once per token the head, 81 MB, 27 µs.
-//! Copies of a phase's first weights start before the wait that precedes it, except those of experts, which are not yet chosen.
+//! A step has four phases a block of the model (queries, keys, values and attention; output projection; up; down), then the head and the
+//! choice: 4 n_layer + 1 waits of the whole grid, 0.8 to 1.2 us each. Of param-0.5b in Q4_K with a head in Q6_K, on an H100 with 3 TB/s and
+//! 132 multiprocessors, memory alone takes: attention 1.0 MB and at 512 positions 1.6 MB of cache, 0.85 us; output 0.33 MB, 0.1 us; MoE
+//! up and down 4.0 MB each, 1.3 us; dense 1.3 MB each, 0.45 us; the head 81 MB, 27 us: 75 us a token, and 65 waits.
+//! What a layer reads whatever is routed where is asked for a layer ahead, the chosen experts' second half while the first is multiplied,
+//! and a block's first units are on their way to its shared memory while it waits; only the experts' first half is waited for in full.
 
 use std::sync::Arc;
 
@@ -32,10 +33,12 @@ pub const HISTORY: usize = 1024;
 const MAX_EXPERT: usize = 32;
 const MAX_SPLIT: usize = 16;
 const MAX_PART: usize = 4;
+/// Phases of a block of the model; the next number is the head's.
+const PHASES: u32 = 4;
 const THREADS: u32 = 512;
 const RING_BYTES: usize = 16 * 2 * 3840;
 const RED_BYTES: usize = 16896;
-const SMALL_BYTES: usize = 10240;
+const SMALL_BYTES: usize = 11264;
 const ROUTING_WORDS: usize = 1 + MAX_EXPERT * (1 + MAX_SEQUENCE);
 
 /// A LayerNorm had an input that was not finite, or an activation was beyond f16.
@@ -110,7 +113,6 @@ struct Decode {
     barrier: u64,
     x: u64,
     parts: u64,
-    q: u64,
     attended: u64,
     attended_sums: u64,
     hidden: u64,
@@ -128,14 +130,9 @@ struct Decode {
 
 #[derive(Debug)]
 struct Kernels {
-    qkv: Kernel,
-    attention: Kernel,
-    out: Kernel,
-    up: Kernel,
-    down: Kernel,
-    head: Kernel,
-    pick: Kernel,
     token: Kernel,
+    phase: Kernel,
+    pick: Kernel,
 }
 
 /// The buffers of a step, and what was recorded to run it.
@@ -162,7 +159,7 @@ pub struct Decoder {
     uniforms: Pinned<f64>,
     // Only kernels look at these.
     _words: [Buffer<u32>; 3],
-    _floats: [Buffer<f32>; 6],
+    _floats: [Buffer<f32>; 5],
     _hidden: Buffer<u8>,
     _best: Buffer<u64>,
 }
@@ -190,7 +187,7 @@ impl Decoder {
         within("a head's dimension", dims.head_dim as usize, 256)?;
         within("of a head's dimension beyond a multiple of 8", dims.head_dim as usize % 8, 0)?;
         let stride = n_embd.next_multiple_of(32);
-        let shared = RING_BYTES + RED_BYTES + stride * 33 + SMALL_BYTES;
+        let shared = RING_BYTES + RED_BYTES + stride * 33 + 48 * dims.head_dim as usize + SMALL_BYTES;
         within("bytes of shared memory", shared, gpu.max_shared())?;
 
         let module = Module::load(gpu, PTX)?;
@@ -200,14 +197,9 @@ impl Decoder {
             Ok::<_, Error>(kernel)
         };
         let kernels = Kernels {
-            qkv: kernel("decode_qkv")?,
-            attention: kernel("decode_attention")?,
-            out: kernel("decode_out")?,
-            up: kernel("decode_up")?,
-            down: kernel("decode_down")?,
-            head: kernel("decode_head")?,
-            pick: kernel("decode_pick")?,
             token: kernel("decode_token")?,
+            phase: kernel("decode_phase")?,
+            pick: kernel("decode_pick")?,
         };
         let n_block = gpu.n_multiprocessor();
         // A block's share of the vocabulary is sorted where its weights were.
@@ -224,7 +216,6 @@ impl Decoder {
         let only_floats = [
             floats(2 * MAX_SEQUENCE * stride)?,
             floats(MAX_PART * MAX_SEQUENCE * stride)?,
-            floats(MAX_SEQUENCE * n_embd)?,
             floats(MAX_SPLIT * MAX_SEQUENCE * n_embd)?,
             floats(MAX_SPLIT * MAX_SEQUENCE * n_head * 2)?,
             floats(n_active * padded / 16 * MAX_SEQUENCE)?,
@@ -247,11 +238,10 @@ impl Decoder {
             barrier: only_words[1].address(),
             x: only_floats[0].address(),
             parts: only_floats[1].address(),
-            q: only_floats[2].address(),
-            attended: only_floats[3].address(),
-            attended_sums: only_floats[4].address(),
+            attended: only_floats[2].address(),
+            attended_sums: only_floats[3].address(),
             hidden: hidden.address(),
-            hidden_sums: only_floats[5].address(),
+            hidden_sums: only_floats[4].address(),
             routing: only_words[2].address(),
             logits: logits.address(),
             best: best.address(),
@@ -386,21 +376,20 @@ impl Decoder {
 
     /// The phases as kernels of their own.
     fn queue(&self, stream: &Stream, decode: Decode) -> Result<()> {
-        let launch = |kernel: &Kernel, layer: u32| {
-            // SAFETY: the kernels' arguments; the buffers in them live as long as `self`, and freeing them waits for the GPU.
-            unsafe { kernel.launch(stream, self.grid(), &[Arg::value(decode), Arg::value(layer)]) }
+        let phase = |phase: u32, layer: u32| {
+            let args = [Arg::value(decode), Arg::value(phase), Arg::value(layer)];
+            // SAFETY: the kernel's arguments; the buffers in them live as long as `self`, and freeing them waits for the GPU.
+            unsafe { self.kernels.phase.launch(stream, self.grid(), &args) }
         };
-        let kernels = &self.kernels;
-        for layer in 0..self.model.model().n_layer {
-            for kernel in [&kernels.qkv, &kernels.attention, &kernels.out, &kernels.up, &kernels.down] {
-                launch(kernel, layer)?;
-            }
+        let n_layer = self.model.model().n_layer;
+        for layer in 0..n_layer {
+            (0..PHASES).try_for_each(|i| phase(i, layer))?;
         }
-        launch(&kernels.head, 0)?;
+        phase(PHASES, n_layer)?;
         if decode.pick != Pick::Logits as u32 {
             let grid = Grid { blocks: [decode.n_sequence, 1, 1], ..self.grid() };
             // SAFETY: as above.
-            unsafe { kernels.pick.launch(stream, grid, &[Arg::value(decode), Arg::value(self.n_block)])? };
+            unsafe { self.kernels.pick.launch(stream, grid, &[Arg::value(decode), Arg::value(self.n_block)])? };
         }
         Ok(())
     }
