@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 
+use param_cuda_emulation::is_real;
 use param_model::Config;
 use param_runtime::{
     Batch, Device, GenerateOptions, Model, ModelOptions, Overflow, Rows, Sampler, SamplerOptions, Session,
@@ -15,16 +16,9 @@ use crate::command::{failure_of, output_of, outputs_of, param_convert, param_run
 use crate::fixture::Trained;
 use crate::golden::{Converted, assert_close, cases, comma_separated, greedy, greedy_runs, ids, sequences};
 
-/// Whether the GPU is a real one.
-fn is_real() -> bool {
-    std::env::var_os("PARAM_GPU").is_some()
-}
-
 /// A model on the GPU.
 fn on_gpu(gguf: &Path, options: ModelOptions) -> Arc<Model> {
-    if !is_real() {
-        param_cuda_emulation::preload();
-    }
+    param_cuda_emulation::preload();
     Model::open_with(gguf, &ModelOptions { device: Device::Cuda, ..options }).unwrap()
 }
 

@@ -43,14 +43,22 @@ pub fn old_folder() -> PathBuf {
     Path::new(OUT).join("old")
 }
 
-/// Loads the emulation into this process, for good: whoever asks for `libcuda.so` afterwards gets it. Call it before anything looks for
+/// Whether a real GPU takes the emulation's place, as `PARAM_GPU=1` says: then nothing of the emulation is loaded, schedules change
+/// nothing, and failures cannot be played.
+pub fn is_real() -> bool {
+    std::env::var_os("PARAM_GPU").is_some()
+}
+
+/// Loads the emulation into this process, unless a real GPU [takes its place](is_real), for good: whoever asks for `libcuda.so` afterwards gets it. Call it before anything looks for
 /// a GPU; a second call does nothing. The environment variable `PARAM_EMULATION_LIBRARY` names another library to load instead, such as
 /// one built for AddressSanitizer.
 ///
 /// # Panics
 /// If the library cannot be loaded.
 pub fn preload() {
-    library();
+    if !is_real() {
+        library();
+    }
 }
 
 fn library() -> &'static Library {
@@ -104,6 +112,9 @@ impl std::fmt::Display for Schedule {
 
 /// Runs what the calling thread launches by this schedule, from now on; `None` leaves it to the environment again.
 pub fn schedule(schedule: Option<Schedule>) {
+    if is_real() {
+        return;
+    }
     let text = schedule.map(|s| CString::new(s.to_string()).unwrap_or_default());
     // SAFETY: the library defines the function with this type; null is allowed.
     unsafe {
@@ -114,6 +125,9 @@ pub fn schedule(schedule: Option<Schedule>) {
 
 /// What was wrong with the calling thread's last launch; empty if nothing.
 pub fn last_fault() -> String {
+    if is_real() {
+        return String::new();
+    }
     // SAFETY: the library defines the function with this type; the text lives until the thread's next launch.
     unsafe {
         let f: Symbol<unsafe extern "C" fn() -> *const c_char> = symbol("param_emulation_last_fault");

@@ -158,9 +158,53 @@ DEVICE u32 kept(const Sampling& by, const u64* sorted, const double* weights, u3
     return likely;
 }
 
+// Draws among the k largest of n candidates, by the rules; for thread 0, zero where none has a chance.
+CALLED u64 draw(const Sampling& by, const u64* keys, u32 n, u32 k, double uniform, Small& small) {
+    select_largest(keys, n, k, small.chosen[0], small);
+    u64* sorted = small.chosen[1];
+    for (u32 i = threadIdx.x; i < k; i += DECODE_THREADS) {
+        u64 own = small.chosen[0][i];
+        u32 before = 0;
+        for (u32 j = 0; j < k; j++) before += small.chosen[0][j] > own || (small.chosen[0][j] == own && j < i);
+        sorted[before] = own;
+    }
+    __syncthreads();
+    u32 n_left = 0;
+    while (n_left < k && has_chance(sorted[n_left])) n_left++;
+    float largest = logit_of(sorted[0]);
+    for (u32 i = threadIdx.x; i < n_left; i += DECODE_THREADS)
+        small.weights[i] = exp((double)logit_of(sorted[i]) - (double)largest);
+    __syncthreads();
+    if (threadIdx.x == 0) small.select[0] = n_left == 0 || by.temperature == 0.0f ? n_left : kept(by, sorted, small.weights, n_left);
+    __syncthreads();
+    n_left = small.select[0];
+    if (by.temperature != 0.0f) {
+        double scale = 1.0 / (double)by.temperature;
+        for (u32 i = threadIdx.x; i < n_left; i += DECODE_THREADS)
+            small.weights[i] = exp(((double)logit_of(sorted[i]) - (double)largest) * scale);
+    }
+    __syncthreads();
+    u64 result = 0;
+    if (threadIdx.x == 0 && n_left > 0) {
+        u32 chosen = 0;
+        if (by.temperature != 0.0f) {
+            double total = 0.0;
+            for (u32 i = 0; i < n_left; i++) total += small.weights[i];
+            double left = uniform * total;
+            // Rounding may leave a little of the total: it belongs to the last.
+            for (chosen = 0; chosen + 1 < n_left; chosen++) {
+                left -= small.weights[chosen];
+                if (left < 0.0) break;
+            }
+        }
+        result = sorted[chosen];
+    }
+    __syncthreads();
+    return result;
+}
+
 // By the rules: block `sequence` for each sequence.
 CALLED void pick_by_rules(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
-    Small& small = *s.small;
     for (u32 sequence = rank; sequence < d.n_sequence; sequence += n_block) {
         const Sampling by = d.sampling[sequence];
         u32 n = n_block * d.top_k, k = by.temperature == 0.0f ? 1 : by.top_k;
@@ -173,44 +217,9 @@ CALLED void pick_by_rules(const Decode& d, const Shared& s, u32 rank, u32 n_bloc
             keys[i] = (u64)load_fresh(at + 1) << 32 | load_fresh(at);
         }
         __syncthreads();
-        select_largest(fits ? keys : best, n, k, small.chosen[0], small);
-        u64* sorted = small.chosen[1];
-        for (u32 i = threadIdx.x; i < k; i += DECODE_THREADS) {
-            u64 own = small.chosen[0][i];
-            u32 before = 0;
-            for (u32 j = 0; j < k; j++) before += small.chosen[0][j] > own || (small.chosen[0][j] == own && j < i);
-            sorted[before] = own;
-        }
-        __syncthreads();
-        u32 n_left = 0;
-        while (n_left < k && has_chance(sorted[n_left])) n_left++;
-        float largest = logit_of(sorted[0]);
-        for (u32 i = threadIdx.x; i < n_left; i += DECODE_THREADS)
-            small.weights[i] = exp((double)logit_of(sorted[i]) - (double)largest);
-        __syncthreads();
-        if (threadIdx.x == 0) small.select[0] = n_left == 0 || by.temperature == 0.0f ? n_left : kept(by, sorted, small.weights, n_left);
-        __syncthreads();
-        n_left = small.select[0];
-        if (by.temperature != 0.0f) {
-            double scale = 1.0 / (double)by.temperature;
-            for (u32 i = threadIdx.x; i < n_left; i += DECODE_THREADS)
-                small.weights[i] = exp(((double)logit_of(sorted[i]) - (double)largest) * scale);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            u32 chosen = 0;
-            if (by.temperature != 0.0f && n_left > 0) {
-                double total = 0.0;
-                for (u32 i = 0; i < n_left; i++) total += small.weights[i];
-                double left = d.uniforms[d.step[sequence] % HISTORY * MAX_SEQUENCE + sequence] * total;
-                // Rounding may leave a little of the total: it belongs to the last.
-                for (chosen = 0; chosen + 1 < n_left; chosen++) {
-                    left -= small.weights[chosen];
-                    if (left < 0.0) break;
-                }
-            }
-            accept(d, sequence, n_left > 0 ? sorted[chosen] : 0);
-        }
+        double uniform = d.uniforms[d.step[sequence] % HISTORY * MAX_SEQUENCE + sequence];
+        u64 chosen = draw(by, fits ? keys : best, n, k, uniform, *s.small);
+        if (threadIdx.x == 0) accept(d, sequence, chosen);
         __syncthreads();
     }
 }

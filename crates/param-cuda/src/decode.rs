@@ -14,20 +14,17 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::caches::{CacheTable, Caches};
 use crate::device_model::DeviceModel;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, within};
 use crate::kernel::{Arg, Grid, Kernel, Module};
 use crate::memory::{Buffer, Pinned};
 use crate::model::{Block, Model};
+use crate::sampling::{MAX_TOP_K, Rules, Sampling};
 use crate::stream::{Graph, Stream};
 
 const PTX: &str = include_str!("../ptx/decode.ptx");
 
 /// Sequences that a step can run.
 pub const MAX_SEQUENCE: usize = 4;
-/// Candidates that sampling can keep.
-pub const MAX_TOP_K: usize = 256;
-/// Tokens that penalties can name for a sequence.
-pub const MAX_PENALTY: usize = 1024;
 /// Steps that may be queued before the first one's token is read, and whose random numbers may be given ahead.
 pub const HISTORY: usize = 1024;
 const MAX_EXPERT: usize = 32;
@@ -66,37 +63,6 @@ pub enum Pick {
     Greedy,
     /// The token that [`Decoder::set_sampling`] leads to; it runs next.
     Sample,
-}
-
-/// How a sequence's tokens are drawn: llama.cpp's rules, as param-runtime's sampler applies them.
-#[derive(Clone, Debug, PartialEq)]
-#[allow(missing_docs)]
-pub struct Sampling {
-    /// 0 takes the most likely.
-    pub temperature: f32,
-    /// 1 to [`MAX_TOP_K`].
-    pub top_k: usize,
-    pub top_p: f32,
-    pub min_p: f32,
-    pub repeat_penalty: f32,
-    pub presence_penalty: f32,
-    pub frequency_penalty: f32,
-    /// Tokens of the window and how often each occurs there.
-    pub penalties: Vec<(u32, u32)>,
-}
-
-#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
-#[repr(C)]
-struct DeviceSampling {
-    temperature: f32,
-    top_k: u32,
-    top_p: f32,
-    log_min_p: f32,
-    repeat: f32,
-    presence: f32,
-    frequency: f32,
-    n_penalty: u32,
-    penalties: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
@@ -154,18 +120,13 @@ pub struct Decoder {
     flags: Pinned<u32>,
     history: Pinned<u32>,
     logits: Buffer<f32>,
-    sampling: Buffer<DeviceSampling>,
-    penalties: Buffer<[u32; 2]>,
+    sampling: Rules,
     uniforms: Pinned<f64>,
     // Only kernels look at these.
     _words: [Buffer<u32>; 3],
     _floats: [Buffer<f32>; 5],
     _hidden: Buffer<u8>,
     _best: Buffer<u64>,
-}
-
-fn within(what: &'static str, value: usize, most: usize) -> Result<()> {
-    if value > most { Err(Error::Limit { what, value, most }) } else { Ok(()) }
 }
 
 impl Decoder {
@@ -196,11 +157,8 @@ impl Decoder {
             kernel.allow_shared(shared as u32)?;
             Ok::<_, Error>(kernel)
         };
-        let kernels = Kernels {
-            token: kernel("decode_token")?,
-            phase: kernel("decode_phase")?,
-            pick: kernel("decode_pick")?,
-        };
+        let kernels =
+            Kernels { token: kernel("decode_token")?, phase: kernel("decode_phase")?, pick: kernel("decode_pick")? };
         let n_block = gpu.n_multiprocessor();
         // A block's share of the vocabulary is sorted where its weights were.
         within("tokens for each multiprocessor", (n_vocab.div_ceil(16)).div_ceil(n_block) * 16, RING_BYTES / 8)?;
@@ -223,8 +181,7 @@ impl Decoder {
         let hidden = gpu.alloc::<u8>(WHAT, n_active * padded / 32 * 512)?;
         let best = gpu.alloc::<u64>(WHAT, MAX_SEQUENCE * n_block * MAX_TOP_K)?;
         let logits = floats(MAX_SEQUENCE * n_vocab)?;
-        let sampling = gpu.alloc::<DeviceSampling>(WHAT, MAX_SEQUENCE)?;
-        let penalties = gpu.alloc::<[u32; 2]>(WHAT, MAX_SEQUENCE * MAX_PENALTY)?;
+        let sampling = Rules::new(gpu, MAX_SEQUENCE)?;
         let uniforms = gpu.pinned::<f64>(WHAT, HISTORY * MAX_SEQUENCE)?;
         let decode = Decode {
             model: dims,
@@ -266,7 +223,6 @@ impl Decoder {
             history,
             logits,
             sampling,
-            penalties,
             uniforms,
             _words: only_words,
             _floats: only_floats,
@@ -299,24 +255,9 @@ impl Decoder {
     /// # Errors
     /// [`Error::Limit`] for a `top_k` that is 0 or more than [`MAX_TOP_K`], or more than [`MAX_PENALTY`] penalties; [`Error::Call`].
     pub fn set_sampling(&mut self, sequence: usize, sampling: &Sampling) -> Result<()> {
-        within("candidates for sampling", sampling.top_k.wrapping_sub(1), MAX_TOP_K - 1)?;
-        within("tokens with penalties", sampling.penalties.len(), MAX_PENALTY)?;
-        let penalties: Vec<[u32; 2]> = sampling.penalties.iter().map(|&(token, count)| [token, count]).collect();
-        let first = sequence * MAX_PENALTY;
-        self.penalties.write(first, &penalties)?;
+        self.sampling.set(sequence, sampling)?;
         self.top_k[sequence] = if sampling.temperature == 0.0 { 1 } else { sampling.top_k };
-        let device = DeviceSampling {
-            temperature: sampling.temperature,
-            top_k: sampling.top_k as u32,
-            top_p: sampling.top_p,
-            log_min_p: sampling.min_p.ln(),
-            repeat: sampling.repeat_penalty,
-            presence: sampling.presence_penalty,
-            frequency: sampling.frequency_penalty,
-            n_penalty: penalties.len() as u32,
-            penalties: self.penalties.address() + (first * size_of::<[u32; 2]>()) as u64,
-        };
-        self.sampling.write(sequence, &[device])
+        Ok(())
     }
 
     /// The random number in [0, 1) that the next step to be queued draws with, for a sequence. At most [`HISTORY`] steps whose tokens

@@ -63,3 +63,8 @@ impl<T> Named<T> for std::result::Result<T, DriverError> {
         })
     }
 }
+
+/// Fails where `value` is more than `most`.
+pub(crate) fn within(what: &'static str, value: usize, most: usize) -> Result<()> {
+    if value > most { Err(Error::Limit { what, value, most }) } else { Ok(()) }
+}

@@ -2,6 +2,7 @@
 //! where there is none, [`open`] says why. Every failure is an [`Error`] that names the call.
 
 mod caches;
+mod choose;
 pub mod decode;
 mod device_model;
 mod error;
@@ -11,9 +12,11 @@ mod kernel;
 mod memory;
 pub mod model;
 mod planes;
+pub mod sampling;
 mod stream;
 
 pub use caches::{CacheTable, Caches};
+pub use choose::Chooser;
 pub use device_model::{BlockWeights, DeviceModel, FeedForwardWeights, NormWeights, OuterWeights, Upload, Weights};
 pub use error::{Error, NoGpu, Result};
 pub use forward::{Forward, Row};

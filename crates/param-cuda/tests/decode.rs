@@ -4,8 +4,9 @@ mod reference;
 
 use std::sync::Arc;
 
-use param_cuda::decode::{Decoder, MAX_SEQUENCE, Mode, Pick, Sampling};
+use param_cuda::decode::{Decoder, MAX_SEQUENCE, Mode, Pick};
 use param_cuda::model::Format;
+use param_cuda::sampling::Sampling;
 use param_cuda::{Caches, Gpu, Stream};
 use param_cuda_emulation::{Schedule, schedule};
 use proptest::prelude::*;

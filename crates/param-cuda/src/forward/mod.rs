@@ -14,7 +14,7 @@ use crate::error::Result;
 use crate::kernel::{Arg, Grid, Kernel, Module};
 use crate::memory::Buffer;
 use crate::model::{Block, Format, Matrix, Norm};
-use crate::stream::Stream;
+use crate::stream::{Graph, Stream};
 use attention::{Attention, AttentionArgs, QUERIES, Span};
 use norm::{MAX_EXPERT, MAX_USED, NormArgs};
 use product::{Element, MAX_SPLIT, Output, Product, Products};
@@ -233,6 +233,15 @@ impl Forward {
             self.feed_forward(stream, i)?;
         }
         self.head(stream)
+    }
+
+    /// Queues a recorded pass again, for rows as [`Forward::set_rows`] says that it may be.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`].
+    pub fn replay(&mut self, stream: &Stream, graph: &Graph) -> Result<()> {
+        // SAFETY: see `Graph::launch`; a graph keeps alive what it was recorded from.
+        unsafe { graph.launch(stream) }
     }
 
     /// Begins: the residual stream becomes embeddings.

@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use param_cuda::decode::{Decoder, MAX_SEQUENCE, MAX_TOP_K, Mode, NO_LOGITS, NOT_FINITE, Pick, Sampling};
+use param_cuda::decode::{Decoder, MAX_SEQUENCE, Mode, NO_LOGITS, NOT_FINITE, Pick};
+use param_cuda::sampling::{MAX_TOP_K, Sampling};
 use param_cuda::{Caches, DeviceModel, Event, Stream};
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
@@ -190,8 +191,13 @@ impl Flight {
     }
 }
 
+/// Whether the most likely token is wanted.
+pub(super) fn is_greedy(request: &Request<'_>) -> bool {
+    request.sampler.options().temperature == 0.0 && !request.sampler.has_penalties()
+}
+
 /// A sampler's rules as the GPU applies them.
-fn sampling(sampler: &Sampler, context: &[u32]) -> Sampling {
+pub(super) fn sampling(sampler: &Sampler, context: &[u32]) -> Sampling {
     let options = sampler.options();
     Sampling {
         temperature: options.temperature,

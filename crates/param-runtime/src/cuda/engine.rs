@@ -7,6 +7,7 @@ use param_cuda::{Caches, Forward, Row, Stream};
 
 use super::GpuModel;
 use super::ahead::{Decoding, Request};
+use super::together::Together;
 use crate::engine::{CpuEngine, Sizes};
 use crate::error::{Error, Result, resize};
 use crate::forward::Span;
@@ -22,8 +23,9 @@ const N_LOGITS: usize = 256;
 pub(crate) struct GpuEngine {
     stream: Stream,
     forward: Forward,
-    /// Where the GPU holds the whole model.
-    pub decoding: Option<Decoding>,
+    /// Where the GPU holds the whole model: for a few sequences, and for many, or any in a model that is not for those kernels.
+    decoding: Option<Decoding>,
+    together: Option<Together>,
     /// What the CPU does of it.
     cpu: Option<CpuEngine>,
     placement: Placement,
@@ -51,6 +53,7 @@ impl GpuEngine {
         Ok(GpuEngine {
             forward: Forward::new(&gpu.device, &caches, sizes.n_batch, n_logits_max)?,
             decoding: if is_whole { Decoding::new(&gpu.device, &caches, gpu.decode)? } else { None },
+            together: if is_whole { Some(Together::new(&stream, n_logits_max, config.n_vocab)?) } else { None },
             stream,
             cpu: if is_whole { None } else { Some(CpuEngine::new(model, sizes, available)?) },
             placement: gpu.placement,
@@ -134,14 +137,24 @@ impl GpuEngine {
 
     /// Whether it can choose tokens as these samplers would.
     pub fn can_sample(&self, samplers: &[Sampler]) -> bool {
-        self.decoding.as_ref().is_some_and(|decoding| decoding.fits(samplers.len()))
+        self.together.as_ref().is_some_and(|together| together.fits(samplers.len()))
             && samplers.iter().all(Decoding::can_sample)
     }
 
     /// Runs the last token of each context and chooses the next.
     pub fn run_and_sample(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<u32>> {
-        let decoding = self.decoding.as_mut().expect("whoever asks knows that it can");
-        decoding.sample(&self.stream, requests)
+        match (&mut self.decoding, &mut self.together) {
+            (Some(decoding), _) if decoding.fits(requests.len()) => decoding.sample(&self.stream, requests),
+            (decoding, Some(together)) => {
+                if let Some(decoding) = decoding {
+                    decoding.forget();
+                }
+                let tokens = together.sample(&self.stream, &mut self.forward, requests)?;
+                self.check()?;
+                Ok(tokens)
+            }
+            (_, None) => unreachable!("whoever asks knows that it can"),
+        }
     }
 
     /// Fails if a hidden state was not finite since the last look.

@@ -2,6 +2,7 @@
 
 mod ahead;
 mod engine;
+mod together;
 mod weights;
 
 pub(crate) use ahead::Request;

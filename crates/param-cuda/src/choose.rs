@@ -1,0 +1,108 @@
+//! Chooses the next token of each of many rows of logits, so that only the tokens come back.
+
+use std::sync::Arc;
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::error::{Result, within};
+use crate::gpu::Gpu;
+use crate::kernel::{Arg, Grid, Kernel, Module};
+use crate::memory::{Buffer, Pinned};
+use crate::sampling::{Rules, Sampling};
+use crate::stream::Stream;
+
+const PTX: &str = include_str!("../ptx/choose.ptx");
+const THREADS: u32 = 512;
+const NO_TOKEN: u32 = u32::MAX;
+
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+struct Choose {
+    logits: u64,
+    keys: u64,
+    sampling: u64,
+    uniforms: u64,
+    tokens: u64,
+    n_vocab: u32,
+    unused: u32,
+}
+
+/// Chooses for up to a number of rows at a time.
+#[derive(Debug)]
+pub struct Chooser {
+    gpu: Arc<Gpu>,
+    likeliest: Kernel,
+    by_rules: Kernel,
+    n_vocab: usize,
+    n_row_max: usize,
+    rules: Rules,
+    // The host writes the one and reads the other beside kernels.
+    uniforms: Pinned<f64>,
+    tokens: Pinned<u32>,
+    /// [n_row_max, n_vocab], once a row is drawn by rules.
+    keys: Option<Buffer<u64>>,
+}
+
+impl Chooser {
+    /// For rows of `n_vocab` logits.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`], [`crate::Error::Kernel`], [`crate::Error::Call`].
+    pub fn new(gpu: &Arc<Gpu>, n_row_max: usize, n_vocab: usize) -> Result<Chooser> {
+        const WHAT: &str = "tokens to choose";
+        let module = Module::load(gpu, PTX)?;
+        Ok(Chooser {
+            likeliest: module.kernel("choose_likeliest")?,
+            by_rules: module.kernel("choose_by_rules")?,
+            n_vocab,
+            n_row_max,
+            rules: Rules::new(gpu, n_row_max)?,
+            uniforms: gpu.pinned(WHAT, n_row_max)?,
+            tokens: gpu.pinned(WHAT, n_row_max)?,
+            keys: None,
+            gpu: Arc::clone(gpu),
+        })
+    }
+
+    /// How row `row` is drawn, by the random number `uniform` in [0, 1). Waits for the GPU if anything but the number is new.
+    ///
+    /// # Errors
+    /// [`crate::Error::Limit`], [`crate::Error::OutOfMemory`], [`crate::Error::Call`].
+    pub fn set(&mut self, row: usize, sampling: &Sampling, uniform: f64) -> Result<()> {
+        if self.keys.is_none() {
+            self.keys = Some(self.gpu.alloc("candidates", self.n_row_max * self.n_vocab)?);
+        }
+        self.uniforms.set(row, uniform);
+        self.rules.set(row, sampling)
+    }
+
+    /// Queues the choice for the first `n_row` rows of `logits`: of the most likely token each, or as [`Chooser::set`] said of every one.
+    ///
+    /// # Errors
+    /// [`crate::Error::Limit`], [`crate::Error::Kernel`].
+    ///
+    /// # Panics
+    /// If there are not so many logits, or no rules.
+    pub fn choose(&mut self, stream: &Stream, logits: &Buffer<f32>, n_row: usize, likeliest: bool) -> Result<()> {
+        within("rows to choose for", n_row, self.n_row_max)?;
+        assert!(logits.len() >= n_row * self.n_vocab && (likeliest || self.keys.is_some()));
+        let args = Choose {
+            logits: logits.address(),
+            keys: self.keys.as_ref().map_or(0, Buffer::address),
+            sampling: self.rules.address(),
+            uniforms: self.uniforms.address(),
+            tokens: self.tokens.address(),
+            n_vocab: self.n_vocab as u32,
+            unused: 0,
+        };
+        let kernel = if likeliest { &self.likeliest } else { &self.by_rules };
+        let grid = Grid { blocks: [n_row as u32, 1, 1], threads: THREADS, shared: 0 };
+        // SAFETY: the kernel's argument; the buffers in it have room for as many rows, and freeing them waits for the GPU.
+        unsafe { kernel.launch(stream, grid, &[Arg::value(args)]) }
+    }
+
+    /// What was chosen for a row, once an event after it has passed; `None` where no token had a chance.
+    pub fn chosen(&self, row: usize) -> Option<u32> {
+        Some(self.tokens.get(row)).filter(|&token| token != NO_TOKEN)
+    }
+}
