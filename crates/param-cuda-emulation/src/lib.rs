@@ -197,17 +197,21 @@ fn make_variant(
     let cxx = cxx();
     let mut objects = vec![folder.join("variant.o")];
     source::compile_kernels(&cxx, cpp, kernels, file, text, &objects[0], sanitize)?;
-    for source in files(cpp)?.into_iter().filter(|f| f.extension().is_some_and(|e| e == "cpp")) {
-        let Some(stem) = source.file_stem().filter(|&s| s != "old") else { continue };
-        let object = if sanitize { folder } else { Path::new(OUT) }.join(stem).with_extension("o");
+    for stem in source::ENGINE {
+        let object = match sanitize {
+            true => folder.join(stem).with_extension("o"),
+            false => Path::new(OUT).join("emulation").join(stem).with_extension("o"),
+        };
         if sanitize {
-            source::compile(&cxx, &source, &object, true)?;
+            source::compile(&cxx, &cpp.join(stem).with_extension("cpp"), &object, true)?;
         }
         objects.push(object);
     }
     if ours && !sanitize {
         let others = files(kernels)?.into_iter().filter(|f| f.extension().is_some_and(|e| e == "cu") && f != file);
-        objects.extend(others.filter_map(|f| Some(Path::new(OUT).join(f.file_stem()?).with_extension("o"))));
+        objects.extend(
+            others.filter_map(|f| Some(Path::new(OUT).join("kernels").join(f.file_stem()?).with_extension("o"))),
+        );
     }
     source::link(&cxx, &objects, &folder.join("libcuda.so"), sanitize)
 }

@@ -1,17 +1,17 @@
 // Between products: what the last one gave is added to the residual stream, which is normalised for the next; before a layer of experts
 // the router chooses, while the row in f32 is at hand.
-// Limit: memory; bytes = n_row * n_embd * (4 n_part n_choice + 8 + 2), and n_expert * n_embd * 4 from the second-level cache a row.
+// Limit: memory; bytes = n_row * n_embd * (4 n_part + 8 + 2), and n_expert * n_embd * 4 from the second-level cache a row.
 #include "model.cuh"
 
 #define NO_SLOT 0xffffffffu
-#define THREADS 128
+#define THREADS 256
 #define MAX_EXPERT 256
 #define LEAST -3.0e38f
 
 // The same structure as in src/prefill/norm.rs.
 struct NormArgs {
     float* x;                    // [n_row, stride]
-    const float* y;              // [n_part, y_row * n_choice, stride]: what is added; or null
+    const float* y;              // [n_row, n_part, stride]: what is added; or null
     const u32* slots;            // [n_row]
     const u32* rows;             // [grid]: which rows are normalised, x being left as it is; null: all
     Norm norm;                   // null scale: only adds
@@ -24,7 +24,7 @@ struct NormArgs {
     float* weights;              // [n_row, n_used]
     u32* not_finite;             // becomes 1
     u32 n_embd, stride;
-    u32 n_part, n_choice, n_row;
+    u32 n_part;
     u32 n_expert, n_used;
     float eps;
 };
@@ -40,6 +40,20 @@ DEVICE float block_sum(float v, float* parts) {
     return v;
 }
 
+// Three times four numbers, for one of the products that follow each.
+DEVICE void store_four(const NormArgs& p, u64 at, float4 e) {
+    if (p.f16) {
+        *(int2*)(p.f16 + at) =
+            make_int2((int)((u32)to_f16(e.x) | (u32)to_f16(e.y) << 16), (int)((u32)to_f16(e.z) | (u32)to_f16(e.w) << 16));
+    }
+    if (p.bf16) {
+        *(int2*)(p.bf16 + at) =
+            make_int2((int)((u32)to_bf16(e.x) | (u32)to_bf16(e.y) << 16), (int)((u32)to_bf16(e.z) | (u32)to_bf16(e.w) << 16));
+    }
+    if (p.f32) *(float4*)(p.f32 + at) = e;
+}
+
+// n_embd is a multiple of 8, `stride` of 32.
 KERNEL void __launch_bounds__(THREADS) layer_norm(NormArgs p) {
     __shared__ float parts[THREADS / WARP];
     __shared__ float logits[MAX_EXPERT];
@@ -49,43 +63,56 @@ KERNEL void __launch_bounds__(THREADS) layer_norm(NormArgs p) {
     float* x = p.x + (u64)row * p.stride;
     u64 to = (u64)blockIdx.x * p.stride;
     if (p.slots[row] == NO_SLOT) {
-        for (u32 i = thread; i < p.stride; i += THREADS) {
-            if (p.f16) p.f16[to + i] = 0;
-            if (p.bf16) p.bf16[to + i] = 0;
-            if (p.f32) p.f32[to + i] = 0.0f;
-        }
+        if (p.norm.scale)
+            for (u32 i = thread * 4; i < p.stride; i += THREADS * 4) store_four(p, to + i, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
         if (p.router && thread < p.n_used) p.choices[row * p.n_used + thread] = p.n_expert;
         return;
     }
+    const float* y = p.y + (u64)row * p.n_part * p.stride;
     float sum = 0.0f;
-    for (u32 i = thread; i < p.n_embd; i += THREADS) {
-        float e = x[i];
+    for (u32 i = thread * 4; i < p.n_embd; i += THREADS * 4) {
+        float4 e = *(const float4*)(x + i);
         if (p.y) {
-            for (u32 part = 0; part < p.n_part; part++)
-                for (u32 c = 0; c < p.n_choice; c++)
-                    e += p.y[(((u64)part * p.n_row + row) * p.n_choice + c) * p.stride + i];
-            if (!p.rows) x[i] = e;
+#pragma unroll 8
+            for (u32 part = 0; part < p.n_part; part++) {
+                float4 a = *(const float4*)(y + (u64)part * p.stride + i);
+                e.x += a.x;
+                e.y += a.y;
+                e.z += a.z;
+                e.w += a.w;
+            }
+            if (!p.rows) *(float4*)(x + i) = e;
         }
-        v[i] = e;
-        sum += e;
+        *(float4*)(v + i) = e;
+        sum += e.x + e.y + (e.z + e.w);
     }
     if (!p.norm.scale) return;
     float mean = block_sum(sum, parts) / (float)p.n_embd;
     float square = 0.0f;
-    for (u32 i = thread; i < p.n_embd; i += THREADS) square += (v[i] - mean) * (v[i] - mean);
+    for (u32 i = thread * 4; i < p.n_embd; i += THREADS * 4) {
+        float4 e = *(const float4*)(v + i);
+        e.x -= mean;
+        e.y -= mean;
+        e.z -= mean;
+        e.w -= mean;
+        square += e.x * e.x + e.y * e.y + (e.z * e.z + e.w * e.w);
+    }
     float variance = block_sum(square, parts) / (float)p.n_embd;
     // Anything in the row that is not finite makes this neither; a comparison with NaN is false.
     if (thread == 0 && !(variance < 3.0e38f)) atomicMax(p.not_finite, 1u);
     float factor = 1.0f / sqrtf(variance + p.eps);
-    for (u32 i = thread; i < p.stride; i += THREADS) {
-        float e = 0.0f;
+    for (u32 i = thread * 4; i < p.stride; i += THREADS * 4) {
+        float4 e = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (i < p.n_embd) {
-            e = (v[i] - mean) * factor * p.norm.scale[i] + p.norm.shift[i];
-            v[i] = e;
+            float4 scale = *(const float4*)(p.norm.scale + i), shift = *(const float4*)(p.norm.shift + i);
+            e = *(const float4*)(v + i);
+            e.x = (e.x - mean) * factor * scale.x + shift.x;
+            e.y = (e.y - mean) * factor * scale.y + shift.y;
+            e.z = (e.z - mean) * factor * scale.z + shift.z;
+            e.w = (e.w - mean) * factor * scale.w + shift.w;
+            *(float4*)(v + i) = e;
         }
-        if (p.f16) p.f16[to + i] = to_f16(e);
-        if (p.bf16) p.bf16[to + i] = to_bf16(e);
-        if (p.f32) p.f32[to + i] = e;
+        store_four(p, to + i, e);
     }
     if (!p.router) return;
 
@@ -93,8 +120,11 @@ KERNEL void __launch_bounds__(THREADS) layer_norm(NormArgs p) {
     for (u32 e = warp; e < p.n_expert; e += THREADS / WARP) {
         const float* w = p.router + (u64)e * p.n_embd;
         float dot = 0.0f;
-#pragma unroll 4
-        for (u32 i = lane; i < p.n_embd; i += WARP) dot += v[i] * w[i];
+#pragma unroll 8
+        for (u32 i = lane * 4; i < p.n_embd; i += WARP * 4) {
+            float4 a = *(const float4*)(v + i), b = *(const float4*)(w + i);
+            dot += a.x * b.x + a.y * b.y + (a.z * b.z + a.w * b.w);
+        }
         dot = warp_sum(dot);
         if (lane == 0) logits[e] = dot;
     }

@@ -161,23 +161,27 @@ template <int FORMAT, int BN> DEVICE void unpack_weights(const Weights& w, u8* t
     }
 }
 
-// A block of 2 BN threads, (BM / WM) (BN / WN) warps of tiles [WM, WN]; grid: tiles of columns, tiles of rows, matrices times splits.
-// Shared memory: product_shared in src/prefill/product.rs says the same sum.
-template <int FORMAT, int BM, int BN, int WM, int WN, int STAGES> DEVICE void product(const Product& p) {
+// WK groups of 2 BN threads take tiles of columns in turn, each with shared memory of its own, and add up at the end; a group consists of
+// (BM / WM) (BN / WN) warps of tiles [WM, WN]. Grid: tiles of columns, tiles of rows, matrices times splits. With one buffer of unpacked
+// weights instead of two a tile is unpacked before it is multiplied and not beside the one before.
+// Shared memory: `Shape::shared` in src/forward/product.rs says the same sum.
+template <int FORMAT, int BM, int BN, int WM, int WN, int WK, int STAGES, int BUFFERS> DEVICE void product(const Product& p) {
     static_assert(BM / WM * (BN / WN) * WARP == 2 * BN, "two threads a row of W");
-    const bool raw_format = Raw<FORMAT>::bytes != 0;
+    const bool is_raw = Raw<FORMAT>::bytes != 0;
     const u32 a_bytes = BM * TILE_K * 2, w_bytes = BN * TILE_K * 2, raw_bytes = BN * Raw<FORMAT>::bytes;
+    const u32 n_buffer = is_raw ? BUFFERS : STAGES;
+    const u32 group_bytes = STAGES * (a_bytes + raw_bytes) + n_buffer * w_bytes;
     const u32 threads = 2 * BN, n_copy = BM * 8 / threads;
     DYNAMIC_SHARED(u8, shared);
-    u8* a_tiles = shared;                                         // [STAGES, BM, 64]
-    u8* w_tiles = shared + STAGES * a_bytes;                      // [2 or STAGES, BN, 64]
-    u8* raws = w_tiles + (raw_format ? 2 : STAGES) * w_bytes;     // [STAGES] of raw_bytes
+    u32 group = threadIdx.x / threads, thread = threadIdx.x % threads, lane = thread % WARP, warp = thread / WARP;
+    u8* a_tiles = shared + group * group_bytes;  // [STAGES, BM, 64]
+    u8* w_tiles = a_tiles + STAGES * a_bytes;    // [n_buffer, BN, 64]
+    u8* raws = w_tiles + n_buffer * w_bytes;     // [STAGES] of raw_bytes
 
     Rows rows = find_rows<BM>(p);
     if (rows.begin >= rows.end) return;
     u32 which = blockIdx.z / p.n_split, split = blockIdx.z % p.n_split;
     const Matrix& matrix = which == 0 ? p.w[0] : which == 1 ? p.w[1] : p.w[2];
-    u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
 
     Weights w;
     w.data = matrix.data + rows.expert * matrix.matrix_bytes;
@@ -203,9 +207,10 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int STAGES> DEVICE void pr
     n_tile = first_tile + per_split < n_tile ? per_split : n_tile - first_tile;
 
     u32 last_column = matrix.n_col < p.input_stride ? matrix.n_col : p.input_stride;
+    // Step t is tile t WK + group.
     auto copy = [&](u32 t) {
-        if (t < n_tile) {
-            u32 k = (first_tile + t) * TILE_K, stage = t % STAGES;
+        if (t * WK + group < n_tile) {
+            u32 k = (first_tile + t * WK + group) * TILE_K, stage = t % STAGES;
             u8* a = a_tiles + stage * a_bytes;
 #pragma unroll
             for (u32 i = 0; i < n_copy; i++) {
@@ -217,8 +222,9 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int STAGES> DEVICE void pr
         copy_async_commit();
     };
     auto unpack = [&](u32 t) {
-        if (raw_format && t < n_tile)
-            unpack_weights<FORMAT, BN>(w, w_tiles + t % 2 * w_bytes, raws + t % STAGES * raw_bytes, w_row, (first_tile + t) * TILE_K);
+        if (is_raw && t * WK + group < n_tile)
+            unpack_weights<FORMAT, BN>(w, w_tiles + t % n_buffer * w_bytes, raws + t % STAGES * raw_bytes, w_row,
+                                       (first_tile + t * WK + group) * TILE_K);
     };
 
     const u32 n_m = WM / 16, n_n = WN / 8;
@@ -231,19 +237,27 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int STAGES> DEVICE void pr
 #pragma unroll
             for (u32 e = 0; e < 4; e++) sum[i][j][e] = 0.0f;
 
+    const bool ahead = is_raw && BUFFERS == 2;
 #pragma unroll
     for (u32 t = 0; t + 1 < STAGES; t++) copy(t);
-    copy_async_wait<STAGES - 2>();
-    __syncthreads();
-    unpack(0);
-    for (u32 t = 0; t < n_tile; t++) {
-        // Tile t + 1 must be here to be unpacked; the barrier also ends everyone's reads of what is overwritten next.
-        copy_async_wait<STAGES - 3>();
+    if (ahead) {
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();
+        unpack(0);
+    }
+    for (u32 t = 0; t * WK < n_tile; t++) {
+        // What is unpacked now must be here: tile t, or the one after. The barrier also ends everyone's reads of what is overwritten next.
+        copy_async_wait<ahead ? STAGES - 3 : STAGES - 2>();
         __syncthreads();
         copy(t + STAGES - 1);
-        unpack(t + 1);
+        if (ahead) unpack(t + 1);
+        else if (is_raw) {
+            unpack(t);
+            __syncthreads();
+        }
+        if (t * WK + group >= n_tile) continue;
         const u8* a = a_tiles + t % STAGES * a_bytes;
-        const u8* b = w_tiles + (raw_format ? t % 2 : t % STAGES) * w_bytes;
+        const u8* b = w_tiles + t % n_buffer * w_bytes;
 #pragma unroll
         for (u32 k = 0; k < TILE_K / 16; k++) {
             u32 fb[n_n][2];
@@ -269,23 +283,26 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int STAGES> DEVICE void pr
         }
     }
     copy_async_wait<0>();
-
+    __syncthreads();
+    float* sums = (float*)shared; // [WK, BM, SUM_PITCH(BN)]
 #pragma unroll
     for (u32 i = 0; i < n_m; i++)
 #pragma unroll
-        for (u32 e = 0; e < 2; e++) {
-            u32 r = rows.begin + m0 + i * 16 + e * 8 + lane / 4;
-            if (r >= rows.end) continue;
-            OutputRow out = find_output_row(p, matrix, which, split, rows.expert, r);
+        for (u32 j = 0; j < n_n; j++)
 #pragma unroll
-            for (u32 j = 0; j < n_n; j++)
-                store_pair(p, matrix, out, first_n + n0 + j * 8 + lane % 4 * 2, sum[i][j][2 * e], sum[i][j][2 * e + 1]);
-        }
+            for (u32 e = 0; e < 2; e++) {
+                u32 at = (group * BM + m0 + i * 16 + e * 8 + lane / 4) * SUM_PITCH(BN) + n0 + j * 8 + lane % 4 * 2;
+                *(float2*)(sums + at) = make_float2(sum[i][j][2 * e], sum[i][j][2 * e + 1]);
+            }
+    __syncthreads();
+    store_sums<BM, BN, WK, threads * WK>(p, matrix, rows, which, split, sums);
 }
 
-// Tiles of rows for prompts, and three for few rows. Shared memory lets two blocks of the first lie on a multiprocessor in most formats.
+// Tiles of rows for prompts, of which shared memory and registers let two lie on a multiprocessor, and three for few rows.
 #define PRODUCTS(NAME, FORMAT)                                                                                                      \
-    KERNEL void __launch_bounds__(256) NAME##_128(Product p) { product<FORMAT, 128, 128, 64, 32, 3>(p); }                           \
-    KERNEL void __launch_bounds__(128) NAME##_64(Product p) { product<FORMAT, 64, 64, 32, 32, 4>(p); }                              \
-    KERNEL void __launch_bounds__(128) NAME##_32(Product p) { product<FORMAT, 32, 64, 32, 16, 5>(p); }                              \
-    KERNEL void __launch_bounds__(128) NAME##_16(Product p) { product<FORMAT, 16, 64, 16, 16, 6>(p); }
+    KERNEL void __launch_bounds__(256) NAME##_128(Product p) {                                                                      \
+        product<FORMAT, 128, 128, 64, 32, 1, 3, (Raw<FORMAT>::bytes > 64 ? 1 : 2)>(p);                                              \
+    }                                                                                                                               \
+    KERNEL void __launch_bounds__(256) NAME##_64(Product p) { product<FORMAT, 64, 64, 32, 32, 2, 3, 2>(p); }                        \
+    KERNEL void __launch_bounds__(256) NAME##_32(Product p) { product<FORMAT, 32, 64, 32, 16, 2, 4, 2>(p); }                        \
+    KERNEL void __launch_bounds__(256) NAME##_16(Product p) { product<FORMAT, 16, 64, 16, 16, 2, 4, 2>(p); }

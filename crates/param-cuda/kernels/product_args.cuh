@@ -2,7 +2,7 @@
 #pragma once
 #include "model.cuh"
 
-// Where results go. PARTIAL: f32, one part a split, times the row's weight where there is one, to the row that the list names.
+// Where results go. PARTIAL: f32, a part from each split, times the row's weight where there is one, to the row that the list names.
 // ACTIVATED: through the activation, rows in their order. QKV: queries to `output` in f32, keys and values to the row's cache.
 enum Output { OUTPUT_PARTIAL, OUTPUT_ACTIVATED, OUTPUT_QKV };
 enum Element { ELEMENT_F32, ELEMENT_F16, ELEMENT_BF16 };
@@ -12,7 +12,7 @@ enum Element { ELEMENT_F32, ELEMENT_F16, ELEMENT_BF16 };
 struct Product {
     Matrix w[3];            // blockIdx.z / n_split picks
     const u8* input;        // [.., input_stride]
-    u8* output;             // [n_split, n_output_row, output_stride]
+    u8* output;             // [.., n_split, output_stride]
     const u32* offsets;     // [n_expert + 1]: where each expert's entries begin in `list`; null: all rows, one matrix
     const u32* list;        // [n_row] of row * n_used + choice, by expert
     const float* weights;   // [n_row] by entry, or null
@@ -22,7 +22,6 @@ struct Product {
     u32 input_stride;
     u32 output_stride;
     u32 n_row;              // entries where there is a list
-    u32 n_output_row;
     u32 n_expert;
     u32 n_used;
     u32 gathers;            // 1: input rows are entries' rows; 0: in the order of the list
@@ -35,6 +34,7 @@ struct Product {
     u32 n_head;
     u32 head_dim;
     u32 cache_f32;
+    u32 unused;
 };
 
 struct Rows {
@@ -85,7 +85,7 @@ DEVICE OutputRow find_output_row(const Product& p, const Matrix& matrix, u32 whi
     } else if (p.output_kind == OUTPUT_PARTIAL) {
         u32 entry = p.list ? p.list[r] : r;
         if (p.weights) out.factor = p.weights[entry];
-        out.to = p.output + ((u64)split * p.n_output_row + entry) * p.output_stride * 4;
+        out.to = p.output + ((u64)entry * p.n_split + split) * p.output_stride * 4;
     } else if (which + p.first_matrix == 0) {
         out.to = p.output + (u64)r * p.output_stride * 4;
     } else {
@@ -100,42 +100,68 @@ DEVICE OutputRow find_output_row(const Product& p, const Matrix& matrix, u32 whi
     return out;
 }
 
-DEVICE float activated(float x, u32 activation) {
-    return activation == GELU_ERF ? gelu_erf(x) : gelu_tanh(x);
+DEVICE float activated(float x, u32 activation) { return activation == GELU_ERF ? gelu_erf(x) : gelu_tanh(x); }
+
+DEVICE int2 four_f16(const float (&v)[4]) {
+    return make_int2((int)((u32)to_f16(v[0]) | (u32)to_f16(v[1]) << 16), (int)((u32)to_f16(v[2]) | (u32)to_f16(v[3]) << 16));
 }
 
-// Elements n and n + 1, n even, of a row.
-DEVICE void store_pair(const Product& p, const Matrix& matrix, const OutputRow& out, u32 n, float a, float b) {
+// Elements n to n + 3 of a row, n a multiple of 4.
+DEVICE void store_four(const Product& p, const Matrix& matrix, const OutputRow& out, u32 n, float (&v)[4]) {
     u32 n_out = matrix.n_row;
-    bool both = n + 1 < n_out;
-    if (out.to == 0) return;
-    if (n < n_out && out.bias) {
-        a += out.bias[n];
-        if (both) b += out.bias[n + 1];
+    if (out.bias) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            if (n + i < n_out) v[i] += out.bias[n + i];
     }
     if (p.output_kind == OUTPUT_ACTIVATED) {
         if (n >= p.output_stride) return;
         // What the next product reads beyond n_out must be zero.
-        a = n < n_out ? activated(a, p.activation) : 0.0f;
-        b = both ? activated(b, p.activation) : 0.0f;
-        if (p.element == ELEMENT_F32) *(float2*)(out.to + n * 4) = make_float2(a, b);
-        else if (p.element == ELEMENT_F16) *(u32*)(out.to + n * 2) = (u32)to_f16(a) | (u32)to_f16(b) << 16;
-        else *(u32*)(out.to + n * 2) = (u32)to_bf16(a) | (u32)to_bf16(b) << 16;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) v[i] = n + i < n_out ? activated(v[i], p.activation) : 0.0f;
+        if (p.element == ELEMENT_F32) *(float4*)(out.to + n * 4) = make_float4(v[0], v[1], v[2], v[3]);
+        else if (p.element == ELEMENT_F16) *(int2*)(out.to + n * 2) = four_f16(v);
+        else
+            *(int2*)(out.to + n * 2) = make_int2((int)((u32)to_bf16(v[0]) | (u32)to_bf16(v[1]) << 16),
+                                                 (int)((u32)to_bf16(v[2]) | (u32)to_bf16(v[3]) << 16));
         return;
     }
-    if (n >= n_out) return;
     if (out.cache) {
-        // head_dim is even, so that a pair lies in one head.
+        if (n >= n_out || out.to == 0) return;
+        // head_dim is a multiple of 8, so that the four lie in one head.
         u64 at = (u64)(n / p.head_dim) * p.caches.n_ctx * p.head_dim + n % p.head_dim;
-        if (p.cache_f32) *(float2*)(out.to + at * 4) = make_float2(a, b);
-        else *(u32*)(out.to + at * 2) = (u32)to_f16(a) | (u32)to_f16(b) << 16;
+        if (p.cache_f32) *(float4*)(out.to + at * 4) = make_float4(v[0], v[1], v[2], v[3]);
+        else *(int2*)(out.to + at * 2) = four_f16(v);
         return;
     }
     float* to = (float*)out.to + n;
-    if (both && p.output_stride % 2 == 0) {
-        *(float2*)to = make_float2(a * out.factor, b * out.factor);
+    if (n + 3 < n_out && p.output_stride % 4 == 0) {
+        *(float4*)to = make_float4(v[0] * out.factor, v[1] * out.factor, v[2] * out.factor, v[3] * out.factor);
     } else {
-        to[0] = a * out.factor;
-        if (both) to[1] = b * out.factor;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++)
+            if (n + i < n_out) to[i] = v[i] * out.factor;
+    }
+}
+
+// Floats from one row of a block's sums to the next: four rows' pairs of the tensor cores' layout lie in different banks.
+#define SUM_PITCH(BN) (BN + 8)
+
+// The block's sums, in N parts [BM, SUM_PITCH] in shared memory, each to its place: rows by neighbouring threads.
+template <int BM, int BN, int N, int THREADS>
+DEVICE void store_sums(const Product& p, const Matrix& matrix, const Rows& rows, u32 which, u32 split, const float* sums) {
+    for (u32 i = threadIdx.x; i < BM * BN / 4; i += THREADS) {
+        u32 row = i / (BN / 4), column = i % (BN / 4) * 4, r = rows.begin + row;
+        if (r >= rows.end) return;
+        float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+        for (u32 part = 0; part < N; part++) {
+            float4 s = *(const float4*)(sums + (part * BM + row) * SUM_PITCH(BN) + column);
+            v[0] += s.x;
+            v[1] += s.y;
+            v[2] += s.z;
+            v[3] += s.w;
+        }
+        store_four(p, matrix, find_output_row(p, matrix, which, split, rows.expert, r), blockIdx.x * BN + column, v);
     }
 }

@@ -50,7 +50,7 @@ KERNEL void __launch_bounds__(256) product_f32_64(Product p) {
         copy_async_commit();
     };
 
-    // A thread takes rows y + 16 i and columns 4 of x + 16 j each.
+    // A thread takes rows y + 16 i and columns x + 16 j, four of each.
     u32 x = thread % 16, y = thread / 16;
     float sum[4][4];
 #pragma unroll
@@ -85,20 +85,11 @@ KERNEL void __launch_bounds__(256) product_f32_64(Product p) {
         }
     }
     copy_async_wait<0>();
-
-    // Pairs of neighbouring columns are what is stored: an even thread takes both columns of j 0 and 2, its neighbour those of 1 and 3.
+    __syncthreads();
 #pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        u32 r = rows.begin + y + i * 16;
-        bool in = r < rows.end;
-        OutputRow out;
-        out.to = 0;
-        if (in) out = find_output_row(p, matrix, which, split, rows.expert, r);
+    for (u32 i = 0; i < 4; i++)
 #pragma unroll
-        for (u32 j = 0; j < 4; j += 2) {
-            float given = x % 2 ? sum[i][j] : sum[i][j + 1], got = __shfl_xor_sync(FULL, given, 1);
-            u32 n = first_n + (x & ~1u) + (j + x % 2) * 16;
-            if (in) store_pair(p, matrix, out, n, x % 2 ? got : sum[i][j], x % 2 ? sum[i][j + 1] : got);
-        }
-    }
+        for (u32 j = 0; j < 4; j++) shared[(y + 16 * i) * SUM_PITCH(BN) + x + 16 * j] = sum[i][j];
+    __syncthreads();
+    store_sums<BM, BN, 1, 256>(p, matrix, rows, which, split, shared);
 }

@@ -4,7 +4,7 @@ mod reference;
 
 use std::sync::Arc;
 
-use param_cuda::decode::{Decoder, Mode, Pick, Sampling};
+use param_cuda::decode::{Decoder, MAX_SEQUENCE, Mode, Pick, Sampling};
 use param_cuda::model::Format;
 use param_cuda::{Caches, Gpu, Stream};
 use param_cuda_emulation::{Schedule, schedule};
@@ -41,6 +41,18 @@ impl Run {
         self.decoder.logits().read(sequence * self.n_vocab, &mut logits).unwrap();
         logits
     }
+
+    /// The newest tokens chosen for a sequence, oldest first.
+    fn newest(&self, sequence: usize, out: &mut [u32]) {
+        self.stream.synchronize().unwrap();
+        let first = self.decoder.n_chosen(sequence) - out.len();
+        out.iter_mut().enumerate().for_each(|(i, token)| *token = self.decoder.chosen(sequence, first + i));
+    }
+
+    fn flags(&self) -> [u32; MAX_SEQUENCE] {
+        self.stream.synchronize().unwrap();
+        std::array::from_fn(|i| self.decoder.flags(i))
+    }
 }
 
 /// Runs `n_step` tokens of `n_sequence` sequences and compares the logits of each.
@@ -63,14 +75,12 @@ fn compare(shape: &Shape, seed: u64, n_sequence: usize, n_step: usize, mode: Mod
             assert!(error < bound, "step {step}, sequence {i}: {error} in {shape:?}");
             let best = (0..got.len()).rev().max_by(|&a, &b| got[a].total_cmp(&got[b])).unwrap();
             let mut chosen = [0];
-            run.decoder.newest(i, &mut chosen).unwrap();
+            run.newest(i, &mut chosen);
             assert_eq!(chosen[0] as usize, best);
             *token = chosen[0];
         }
     }
-    let mut flags = [0; 4];
-    run.decoder.flags().read(0, &mut flags).unwrap();
-    assert_eq!(flags, [0; 4]);
+    assert_eq!(run.flags(), [0; 4]);
 }
 
 fn shape(format: Format) -> Shape {
@@ -147,7 +157,7 @@ fn a_long_sequence_is_attended_to_in_parts() {
             assert!(error(&run.logits(0), &want) < 1e-5, "step {step}");
         }
         let mut chosen = [0];
-        run.decoder.newest(0, &mut chosen).unwrap();
+        run.newest(0, &mut chosen);
         token = chosen[0];
     }
 }
@@ -166,7 +176,7 @@ fn several_tokens_in_one_launch_are_those_of_several_launches() {
         }
         let mut chosen = [[0; 6]; 2];
         for (i, chosen) in chosen.iter_mut().enumerate() {
-            run.decoder.newest(i, chosen).unwrap();
+            run.newest(i, chosen);
         }
         tokens.push(chosen);
     }
@@ -182,9 +192,7 @@ fn damage_is_flagged_for_its_sequence_alone() {
     run.decoder.set(0, 0, 1, 0).unwrap();
     run.decoder.set(1, 1, 1, 1).unwrap();
     run.decoder.step(&run.stream, 2, 1, Mode::Persistent, Pick::Greedy).unwrap();
-    let mut flags = [0; 4];
-    run.decoder.flags().read(0, &mut flags).unwrap();
-    assert_eq!(flags, [0, param_cuda::decode::NOT_FINITE | param_cuda::decode::NO_LOGITS, 0, 0]);
+    assert_eq!(run.flags(), [0, param_cuda::decode::NOT_FINITE | param_cuda::decode::NO_LOGITS, 0, 0]);
     let want = model.forward(&mut model.sequence(), 1);
     assert!(error(&run.logits(0), &want) < 1e-5);
 }
@@ -242,7 +250,8 @@ fn sampling_follows_the_rules_of_the_cpu() {
         penalties: Vec::new(),
     };
     let penalties: Vec<(u32, u32)> = (0..200).map(|i| (i * 5, i % 3 + 1)).collect();
-    let penalized = Sampling { repeat_penalty: 1.3, presence_penalty: 0.2, frequency_penalty: 0.1, penalties, ..plain.clone() };
+    let penalized =
+        Sampling { repeat_penalty: 1.3, presence_penalty: 0.2, frequency_penalty: 0.1, penalties, ..plain.clone() };
     let all = [
         Sampling { top_k: 40, top_p: 0.9, ..plain.clone() },
         Sampling { temperature: 0.7, min_p: 0.05, ..plain.clone() },
@@ -261,13 +270,13 @@ fn sampling_follows_the_rules_of_the_cpu() {
         for step in 0..8 {
             let uniform = |i: usize| (step * 3 + i) as f64 / 24.0 + 0.01;
             for i in 0..group.len() {
-                run.decoder.set_uniforms(i, &[uniform(i)]).unwrap();
+                run.decoder.set_uniform(i, uniform(i));
             }
             let mode = if step % 2 == 0 { Mode::Persistent } else { Mode::Graph };
             run.decoder.step(&run.stream, group.len(), 1, mode, Pick::Sample).unwrap();
             for (i, sampling) in group.iter().enumerate() {
                 let mut chosen = [0];
-                run.decoder.newest(i, &mut chosen).unwrap();
+                run.newest(i, &mut chosen);
                 assert_eq!(chosen[0], sample(&run.logits(i), sampling, uniform(i)), "{sampling:?}");
             }
         }

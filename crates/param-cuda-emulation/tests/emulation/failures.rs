@@ -34,6 +34,22 @@ fn a_pointer_of_the_host_is_no_argument() {
 }
 
 #[test]
+fn what_kills_a_process_ends_a_launch() {
+    let d = driver();
+    d.schedule(Schedule::Ascending);
+    let out = d.upload(&[0u32; 64]);
+    let misaligned = if cfg!(target_arch = "x86_64") { 716 } else { 0 };
+    for (n, code, text) in [(0, ILLEGAL_ADDRESS, "address 0x54"), (1, misaligned, "vector"), (3u32, 0, "")] {
+        assert_eq!(d.launch("wild", [1, 1, 1], [32, 1, 1], 0, null_mut(), args![out, n]), code);
+        assert!(d.last_fault().contains(text), "{}", d.last_fault());
+    }
+    let zero = d.upload(&[0u32]);
+    assert_eq!(d.launch("endless", [1, 1, 1], [32, 1, 1], 0, null_mut(), args![zero]), 702);
+    assert!(d.last_fault().contains("for ever"));
+    assert_eq!(d.launch("barriers", [1, 1, 1], [32, 1, 1], 0, null_mut(), args![out, 9i32]), 0);
+}
+
+#[test]
 fn launches_beyond_limits_are_refused() {
     let d = driver();
     let out = d.alloc(4096);
@@ -75,8 +91,7 @@ fn graphs_repeat_what_was_recorded() {
         let begin = d.get::<unsafe extern "C" fn(Handle, c_int) -> c_int>("cuStreamBeginCapture_v2");
         let end = d.get::<unsafe extern "C" fn(Handle, *mut Handle) -> c_int>("cuStreamEndCapture");
         let synchronize = d.get::<unsafe extern "C" fn(Handle) -> c_int>("cuStreamSynchronize");
-        let copy =
-            d.get::<unsafe extern "C" fn(u64, u64, usize, Handle) -> c_int>("cuMemcpyDtoDAsync_v2");
+        let copy = d.get::<unsafe extern "C" fn(u64, u64, usize, Handle) -> c_int>("cuMemcpyDtoDAsync_v2");
         assert_eq!(begin(stream, 1), 0);
         assert_eq!(d.launch("rotate_block", [1, 1, 1], [128, 1, 1], 0, stream, args![p, out, 1i32]), 0);
         assert_eq!(copy(p, out, 512, stream), 0);
@@ -153,7 +168,8 @@ fn what_the_source_pass_does_not_understand_is_named() {
 
 #[test]
 fn settings_play_failures() {
-    let d: Driver = variant("", "");
+    // A library of its own, as settings are.
+    let d: Driver = variant("KERNEL void nothing() {}", "KERNEL void nothing_else() {}");
     // SAFETY: the library defines them with these types.
     let (configure, init, count, alloc) = unsafe {
         (
@@ -189,4 +205,17 @@ fn settings_play_failures() {
     assert_eq!(set("fail=cuMemAlloc_v2:3"), 1);
     assert_eq!((alloc(4), alloc(4), alloc(4), alloc(4)), (0, 0, 999, 999));
     assert_eq!((set("schedule=seed:7"), set("schedule=none"), set("nonsense"), set("")), (1, 0, 0, 1));
+}
+
+#[test]
+fn all_of_device_cuh_is_there() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let device = std::fs::read_to_string(root.with_file_name("param-cuda").join("kernels/device.cuh")).unwrap();
+    let emulation = std::fs::read_to_string(root.join("cpp/emulation.h")).unwrap();
+    let own = device.split("#else\n").nth(1).unwrap().split("\n#endif").next().unwrap();
+    // `DEVICE type name(`
+    let names = own.split("DEVICE ").skip(1).filter_map(|text| text.split('(').next()?.split([' ', '*']).next_back());
+    for name in names.filter(|&name| name != "shared_address" && name != "__device__") {
+        assert!(emulation.contains(&format!(" {name}(")), "emulation.h has no `{name}`");
+    }
 }

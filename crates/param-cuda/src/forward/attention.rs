@@ -62,7 +62,8 @@ impl Attention {
             _ => 3,
         };
         let is_f32 = model.cache_f32 != 0;
-        let rows = Module::load(gpu, include_str!("../../ptx/attention_rows.ptx"))?.kernel(ROWS[usize::from(is_f32)][size])?;
+        let rows =
+            Module::load(gpu, include_str!("../../ptx/attention_rows.ptx"))?.kernel(ROWS[usize::from(is_f32)][size])?;
         let name = match model.head_dim {
             _ if is_f32 => None,
             32 => Some("attention_tiles_32"),

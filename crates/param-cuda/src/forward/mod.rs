@@ -37,13 +37,6 @@ impl Row {
     pub const PADDING: Row = Row { token: 0, position: 0, sequence: Row::NO_SEQUENCE };
 }
 
-/// What a product left to be added to the residual stream: [n_part, n_row * n_choice, stride] in `Forward::y`.
-#[derive(Clone, Copy, Debug)]
-struct Pending {
-    n_part: u32,
-    n_choice: u32,
-}
-
 /// A forward pass of up to a certain number of rows at a time.
 #[derive(Debug)]
 pub struct Forward {
@@ -61,7 +54,8 @@ pub struct Forward {
     n_row: u32,
     n_span: u32,
     n_logits: u32,
-    pending: Option<Pending>,
+    /// What the last product left in `y` to be added to each row of the residual stream; 0: nothing.
+    n_part: u32,
     // Tokens, positions, slots, rows whose logits are wanted: [3 n_row_max + n_logits_max]; spans apart, which decoding has no use for.
     rows: Buffer<u32>,
     spans: Buffer<Span>,
@@ -70,7 +64,7 @@ pub struct Forward {
     q: Buffer<f32>,       // [n_row_max, stride]
     attended: Buffer<u8>, // [n_row_max, stride]
     hidden: Buffer<u8>,   // [n_row_max * n_used, stride_ff]
-    y: Buffer<f32>,
+    y: Buffer<f32>,       // [n_row, n_part, stride]
     choices: Buffer<u32>, // [n_row_max, n_used]
     weights: Buffer<f32>, // [n_row_max, n_used]
     offsets: Buffer<u32>, // [n_expert + 1]
@@ -117,9 +111,7 @@ impl Forward {
         let n_embd = n_row_max * stride as usize;
         let n_hidden = n_row_max * n_choice * stride_ff as usize;
         let n_normalised = n_row_max.max(n_logits_max) * stride as usize;
-        let h = |element: Element| {
-            gpu.alloc::<u8>(WHAT, if any(element) { n_normalised * element.bytes() } else { 0 })
-        };
+        let h = |element: Element| gpu.alloc::<u8>(WHAT, if any(element) { n_normalised * element.bytes() } else { 0 });
         let split = n_row_max.min(SPLIT_ROWS) * MAX_SPLIT as usize;
         let module = |ptx| Module::load(gpu, ptx);
         Ok(Forward {
@@ -135,7 +127,7 @@ impl Forward {
             n_row: 0,
             n_span: 0,
             n_logits: 0,
-            pending: None,
+            n_part: 0,
             rows: gpu.alloc(WHAT, 3 * n_row_max + n_logits_max)?,
             spans: gpu.alloc(WHAT, n_row_max)?,
             x: gpu.alloc(WHAT, n_embd)?,
@@ -169,9 +161,8 @@ impl Forward {
         assert!(!rows.is_empty() && rows.len() <= n, "{} rows of at most {n}", rows.len());
         assert!(logits.len() <= self.n_logits_max, "logits of {} rows", logits.len());
         for row in rows.iter().filter(|row| row.sequence != Row::NO_SEQUENCE) {
-            let fits = row.token < m.n_vocab
-                && row.position < caches.n_ctx.min(m.n_ctx)
-                && row.sequence < caches.n_sequence;
+            let fits =
+                row.token < m.n_vocab && row.position < caches.n_ctx.min(m.n_ctx) && row.sequence < caches.n_sequence;
             assert!(fits, "{row:?}");
         }
         assert!(logits.iter().all(|&row| (row as usize) < rows.len()), "logits of rows that are not there");
@@ -186,7 +177,22 @@ impl Forward {
             self.spans.write(0, &spans)?;
         }
         (self.n_row, self.n_span, self.n_logits) = (rows.len() as u32, spans.len() as u32, logits.len() as u32);
-        self.pending = None;
+        self.n_part = 0;
+        Ok(())
+    }
+
+    /// Of which of the rows the next [`Forward::head`] gives logits. Waits for what the GPU was given before.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`].
+    ///
+    /// # Panics
+    /// As [`Forward::set_rows`].
+    pub fn set_logits(&mut self, rows: &[u32]) -> Result<()> {
+        assert!(rows.len() <= self.n_logits_max, "logits of {} rows", rows.len());
+        assert!(rows.iter().all(|&row| row < self.n_row), "logits of rows that are not there");
+        self.rows.write(3 * self.n_row_max, rows)?;
+        self.n_logits = rows.len() as u32;
         Ok(())
     }
 
@@ -235,6 +241,7 @@ impl Forward {
     /// [`crate::Error::Kernel`].
     pub fn embed(&mut self, stream: &Stream) -> Result<()> {
         let m = self.model.model();
+        self.n_part = 0;
         let grid = Grid { blocks: [self.n_row, 1, 1], threads: 128, shared: 0 };
         let (token, position) = (Arg::value(m.token_embd), m.position_embd);
         let args = args![token, position, self.at(0), self.at(1), self.at(2), self.x, m.n_embd, self.stride];
@@ -296,7 +303,6 @@ impl Forward {
             input: self.h[element as usize].address(),
             output: self.logits.address(),
             n_row: self.n_logits,
-            n_output_row: self.n_logits,
             output_stride: m.n_vocab,
             ..self.product(&[m.head])
         };
@@ -323,7 +329,6 @@ impl Forward {
             input_stride: self.stride,
             output_stride: self.stride,
             n_row: self.n_row,
-            n_output_row: self.n_row,
             n_expert: m.n_expert,
             n_used: m.n_used.max(1),
             n_split: 1,
@@ -343,7 +348,7 @@ impl Forward {
         };
         NormArgs {
             x: self.x.address(),
-            y: if self.pending.is_some() { self.y.address() } else { 0 },
+            y: if self.n_part > 0 { self.y.address() } else { 0 },
             slots: self.at(2),
             norm,
             f32: for_element(Element::F32),
@@ -354,9 +359,7 @@ impl Forward {
             not_finite: self.not_finite.address(),
             n_embd: m.n_embd,
             stride: self.stride,
-            n_part: self.pending.map_or(0, |pending| pending.n_part),
-            n_choice: self.pending.map_or(0, |pending| pending.n_choice),
-            n_row: self.n_row,
+            n_part: self.n_part,
             n_expert: m.n_expert,
             n_used: m.n_used,
             eps: m.norm_eps,
@@ -372,9 +375,9 @@ impl Forward {
 
     /// Adds what is pending, so that the residual stream is complete.
     fn settle(&mut self, stream: &Stream) -> Result<()> {
-        if self.pending.is_some() {
+        if self.n_part > 0 {
             self.normalise(stream, self.norm(Norm::default(), &[]), self.n_row)?;
-            self.pending = None;
+            self.n_part = 0;
         }
         Ok(())
     }
@@ -389,7 +392,7 @@ impl Forward {
         let block = self.weights_of(i);
         let m = *self.model.model();
         self.normalise(stream, self.norm(block.norm1, &[&block.q, &block.k, &block.v]), self.n_row)?;
-        self.pending = None;
+        self.n_part = 0;
 
         let qkv = [block.q, block.k, block.v];
         // One launch for all three where they are stored alike.
@@ -432,8 +435,7 @@ impl Forward {
         let product =
             Product { input: self.attended.address(), output: self.y.address(), ..self.product(&[block.out]) };
         // SAFETY: as above; the launch keeps to y's length.
-        let parts = unsafe { self.products.launch(stream, product, 1, self.y.len()) }?;
-        self.pending = Some(Pending { n_part: parts, n_choice: 1 });
+        self.n_part = unsafe { self.products.launch(stream, product, 1, self.y.len()) }?;
         Ok(())
     }
 
@@ -445,7 +447,7 @@ impl Forward {
         let mut norm = self.norm(block.norm2, &[&block.up]);
         (norm.router, norm.selection_bias) = (block.router, block.selection_bias);
         self.normalise(stream, norm, self.n_row)?;
-        self.pending = None;
+        self.n_part = 0;
 
         let n_choice = if is_moe { m.n_used } else { 1 };
         let n_entry = self.n_row * n_choice;
@@ -481,12 +483,11 @@ impl Forward {
             weights: if is_moe { self.weights.address() } else { 0 },
             input_stride: self.stride_ff,
             n_row: n_entry,
-            n_output_row: n_entry,
             ..self.product(&[block.down])
         };
         // SAFETY: as above; the launch keeps to y's length.
-        let parts = unsafe { self.products.launch(stream, down, 1, self.y.len()) }?;
-        self.pending = Some(Pending { n_part: parts, n_choice });
+        let n_split = unsafe { self.products.launch(stream, down, 1, self.y.len()) }?;
+        self.n_part = n_choice * n_split;
         Ok(())
     }
 }

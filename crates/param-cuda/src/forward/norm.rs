@@ -24,15 +24,13 @@ pub(super) struct NormArgs {
     pub n_embd: u32,
     pub stride: u32,
     pub n_part: u32,
-    pub n_choice: u32,
-    pub n_row: u32,
     pub n_expert: u32,
     pub n_used: u32,
     pub eps: f32,
 }
 
 /// Threads of a block of `layer_norm`.
-pub(super) const THREADS: u32 = 128;
+pub(super) const THREADS: u32 = 256;
 /// The most experts it can choose among, and the most choices a row can have.
 pub(super) const MAX_EXPERT: u32 = 256;
 pub(super) const MAX_USED: u32 = 32;

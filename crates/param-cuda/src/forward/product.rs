@@ -51,7 +51,6 @@ pub(super) struct Product {
     pub input_stride: u32,
     pub output_stride: u32,
     pub n_row: u32,
-    pub n_output_row: u32,
     pub n_expert: u32,
     pub n_used: u32,
     pub gathers: u32,
@@ -64,25 +63,27 @@ pub(super) struct Product {
     pub n_head: u32,
     pub head_dim: u32,
     pub cache_f32: u32,
+    pub unused: u32,
 }
 
-/// A shape of tiles, each a kernel of its own.
+/// A shape of tiles, each a kernel of its own: `PRODUCTS` in product.cuh.
 #[derive(Clone, Copy, Debug)]
 struct Shape {
     n_row: u32,
     n_column: u32,
-    threads: u32,
+    /// Groups of 2 n_column threads.
+    n_group: u32,
     stages: u32,
 }
 
 /// By rows, fewest first.
 const SHAPES: [Shape; 4] = [
-    Shape { n_row: 16, n_column: 64, threads: 128, stages: 6 },
-    Shape { n_row: 32, n_column: 64, threads: 128, stages: 5 },
-    Shape { n_row: 64, n_column: 64, threads: 128, stages: 4 },
-    Shape { n_row: 128, n_column: 128, threads: 256, stages: 3 },
+    Shape { n_row: 16, n_column: 64, n_group: 2, stages: 4 },
+    Shape { n_row: 32, n_column: 64, n_group: 2, stages: 4 },
+    Shape { n_row: 64, n_column: 64, n_group: 2, stages: 3 },
+    Shape { n_row: 128, n_column: 128, n_group: 1, stages: 3 },
 ];
-const SHAPE_F32: Shape = Shape { n_row: 64, n_column: 64, threads: 256, stages: 4 };
+const SHAPE_F32: Shape = Shape { n_row: 64, n_column: 64, n_group: 2, stages: 4 };
 /// Columns of W that a stage holds.
 const TILE_K: u32 = 64;
 const TILE_K_F32: u32 = 32;
@@ -101,8 +102,7 @@ impl Format {
     }
 
     pub(super) fn of(matrix: &Matrix) -> Format {
-        const FORMATS: [Format; 6] =
-            [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4K, Format::Q6K];
+        const FORMATS: [Format; 6] = [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4K, Format::Q6K];
         FORMATS[matrix.format as usize]
     }
 
@@ -142,13 +142,25 @@ impl Format {
 }
 
 impl Shape {
+    fn threads(self) -> u32 {
+        2 * self.n_column * self.n_group
+    }
+
     fn shared(self, format: Format) -> u32 {
         if format == Format::F32 {
             return self.stages * (self.n_row + self.n_column) * PITCH_F32 * 4;
         }
-        let w_tiles = if format.raw_bytes() == 0 { self.stages } else { 2 };
+        let raw = format.raw_bytes();
+        let buffers = match raw {
+            0 => self.stages,
+            // So that two blocks find room on a multiprocessor.
+            65.. if self.n_row == 128 => 1,
+            _ => 2,
+        };
         let tile = TILE_K * 2;
-        self.stages * (self.n_row * tile + self.n_column * format.raw_bytes()) + w_tiles * self.n_column * tile
+        let tiles = self.stages * (self.n_row * tile + self.n_column * raw) + buffers * self.n_column * tile;
+        // What was summed up takes their place in the end.
+        self.n_group * tiles.max(self.n_row * (self.n_column + 8) * 4)
     }
 }
 
@@ -222,7 +234,7 @@ impl Products {
         let n_expert = if product.offsets != 0 { product.n_expert } else { 1 };
         let row_tiles = Self::mean_rows(product).div_ceil(shape.n_row) * n_expert;
         let blocks = row_tiles * product.w[0].n_row.div_ceil(shape.n_column);
-        let part = u64::from(product.n_output_row) * u64::from(product.output_stride);
+        let part = u64::from(product.n_row) * u64::from(product.output_stride);
         let room = u32::try_from(room as u64 / part.max(1)).unwrap_or(u32::MAX);
         let k_tiles = product.w[0].n_col.div_ceil(tile_k);
         (2 * self.n_multiprocessor / blocks.max(1)).min(k_tiles / 2).min(MAX_SPLIT).min(room).max(1)
@@ -249,7 +261,7 @@ impl Products {
         product.n_split = n_split;
         let grid = Grid {
             blocks: [product.w[0].n_row.div_ceil(shape.n_column), row_tiles, n_matrix * n_split],
-            threads: shape.threads,
+            threads: shape.threads(),
             shared: shape.shared(format),
         };
         // SAFETY: the argument is the kernel's; the rest is the caller's promise.

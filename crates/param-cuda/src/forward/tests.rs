@@ -161,7 +161,15 @@ fn place(gpu: &Arc<Gpu>, stored: &Stored) -> (Matrix, Buffer<u8>, Buffer<f32>) {
 
 /// A product with experts (or without, if there is one), whose rows are chosen at random; returns the largest error relative to the
 /// sum of the terms' magnitudes.
-fn product_error(format: Format, which: usize, n_split: u32, n_row: usize, n_out: usize, n_in: usize, seed: u64) -> f64 {
+fn product_error(
+    format: Format,
+    which: usize,
+    n_split: u32,
+    n_row: usize,
+    n_out: usize,
+    n_in: usize,
+    seed: u64,
+) -> f64 {
     let gpu = gpu();
     let stream = Stream::new(&gpu).unwrap();
     let random = &mut Random::new(seed);
@@ -211,29 +219,29 @@ fn product_error(format: Format, which: usize, n_split: u32, n_row: usize, n_out
         input_stride: stride as u32,
         output_stride: output_stride as u32,
         n_row: n_entry as u32,
-        n_output_row: n_entry as u32,
         n_expert: n_expert as u32,
         n_used: n_used as u32,
-        gathers: 1,
+        gathers: u32::from(is_grouped),
         output_kind: if partial { Output::Partial } else { Output::Activated } as u32,
         activation: activation as u32,
         element: Element::F32 as u32,
         ..Product::default()
     };
     let products = Products::new(&gpu, std::iter::once(format)).unwrap();
+    // SAFETY: every address is that of a buffer above, which has room for what the product reads or writes.
     unsafe { products.launch_as(&stream, product, 1, which, n_split) }
         .unwrap_or_else(|e| panic!("{e}: {}", param_cuda_emulation::last_fault()));
     let output = numbers(&output.to_vec().unwrap(), Element::F32);
 
     let mut error = 0.0f64;
-    for i in 0..n_entry {
+    for (i, listed) in list.iter().enumerate() {
         // Results of experts lie in the order of the list unless they are partial.
-        let entry = if is_grouped { list[i] as usize } else { i };
+        let entry = if is_grouped { *listed as usize } else { i };
         let row = if partial { entry } else { i };
         let expert = choices[entry] as usize;
         let x = &rounded[entry / n_used * stride..][..n_in];
         for n in 0..output_stride {
-            let parts = (0..n_split as usize).map(|s| output[(s * n_entry + row) * output_stride + n]);
+            let parts = (0..n_split as usize).map(|s| output[(row * n_split as usize + s) * output_stride + n]);
             let got: f64 = parts.sum();
             if n >= n_out {
                 assert_eq!(got, 0.0, "beyond the matrix");
@@ -246,7 +254,8 @@ fn product_error(format: Format, which: usize, n_split: u32, n_row: usize, n_out
                 (false, _) => gelu(sum, activation),
             };
             let at = expert * n_out + n;
-            let magnitude: f64 = stored.values[at * n_in..][..n_in].iter().zip(x).map(|(w, x)| (f64::from(*w) * x).abs()).sum();
+            let magnitude: f64 =
+                stored.values[at * n_in..][..n_in].iter().zip(x).map(|(w, x)| (f64::from(*w) * x).abs()).sum();
             error = error.max((got - want).abs() / (magnitude + 0.3));
         }
     }
@@ -310,9 +319,11 @@ fn entries_are_listed_by_expert_in_their_order() {
         // The last number stands for rows that pad.
         let choices: Vec<u32> =
             (0..n_entry).map(|i| if i % 11 == 10 { n_expert } else { random.below(n_chosen) as u32 }).collect();
-        let (choice, offsets) = (gpu.upload("", &choices).unwrap(), gpu.alloc::<u32>("", n_expert as usize + 1).unwrap());
+        let (choice, offsets) =
+            (gpu.upload("", &choices).unwrap(), gpu.alloc::<u32>("", n_expert as usize + 1).unwrap());
         let list = gpu.alloc::<u32>("", n_entry).unwrap();
         let grid = Grid { blocks: [n_expert, 1, 1], threads: 256, shared: 0 };
+        // SAFETY: the kernel's arguments, with room for every entry.
         unsafe { kernel.launch(&stream, grid, &args![choice, n_entry as u32, n_expert, offsets, list]) }.unwrap();
         let (mut expected, mut starts) = (Vec::new(), vec![0]);
         for e in 0..n_expert {
@@ -382,7 +393,7 @@ impl Tiny {
             token_embd: Stored::random(random, format(), [1, n_vocab, n_embd], 1.0),
             position_embd: random.floats(dims.n_ctx as usize * n_embd, 0.5),
             output_norm: norm(random),
-            head: (seed % 2 == 0).then(|| Stored::random(random, format(), [1, n_vocab, n_embd], s)),
+            head: seed.is_multiple_of(2).then(|| Stored::random(random, format(), [1, n_vocab, n_embd], s)),
             blocks,
             dims,
         }
@@ -517,23 +528,40 @@ fn dims(n_head: u32, head_dim: u32, n_ff: u32, n_expert: u32, n_used: u32, cache
     }
 }
 
-/// Runs chunks (sequence, rows) of three sequences, one list of chunks a pass, and returns the largest error of a logit.
-fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], by_parts: bool) -> (f64, f64) {
+/// How a pass is run: at once, part by part, or, where every sequence goes on by one token, recorded the first time.
+#[derive(Clone, Copy)]
+enum Mode {
+    Whole,
+    Parts,
+    Recorded,
+}
+
+/// Runs chunks (sequence, rows) of three sequences, one list of chunks a pass, and returns the largest error of a logit, as a part of
+/// the row's largest. The tokens are such that no router's choice hangs by less than `margin`: where it does, another expert is as right.
+fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], mode: Mode, margin: f64) -> f64 {
     let gpu = gpu();
     let stream = Stream::new(&gpu).unwrap();
-    let random = &mut Random::new(99);
-    let tokens: Vec<Vec<u32>> =
-        (0..3).map(|_| (0..80).map(|_| random.below(tiny.dims.n_vocab as usize) as u32).collect()).collect();
     let mut lengths = [0; 3];
     passes.iter().for_each(|chunks| chunks.iter().for_each(|(sequence, n)| lengths[*sequence] += n));
-    let expected: Vec<_> = (0..3).map(|i| tiny.logits(&tokens[i][..lengths[i]])).collect();
-    let margin = expected.iter().map(|(_, margin)| *margin).fold(f64::INFINITY, f64::min);
+    let random = &mut Random::new(99);
+    let (tokens, expected): (Vec<Vec<u32>>, Vec<Vec<Vec<f64>>>) = lengths
+        .map(|n| {
+            let tries = (0..500).map(|_| {
+                let tokens: Vec<u32> = (0..n).map(|_| random.below(tiny.dims.n_vocab as usize) as u32).collect();
+                let (logits, closest) = tiny.logits(&tokens);
+                (closest > margin).then_some((tokens, logits))
+            });
+            tries.flatten().next().unwrap()
+        })
+        .into_iter()
+        .unzip();
 
     let model = tiny.upload(&gpu);
     let caches = Arc::new(Caches::new(&model, 3, 90).unwrap());
     let n_row_max = passes.iter().map(|chunks| chunks.iter().map(|(_, n)| n + 1).sum::<usize>()).max().unwrap();
     let mut forward = Forward::new(&model, &caches, n_row_max, n_row_max).unwrap();
     let mut past = [0; 3];
+    let mut recorded = None;
     let mut error = 0.0f64;
     for chunks in passes {
         let (mut rows, mut wanted) = (Vec::new(), Vec::new());
@@ -549,52 +577,63 @@ fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], by_parts: bool) -> (f6
         }
         let of: Vec<u32> = wanted.iter().map(|w| w.0).collect();
         forward.set_rows(&rows, &of).unwrap();
-        if by_parts {
-            forward.embed(&stream).unwrap();
-            for i in 0..tiny.blocks.len() {
-                if i == 1 {
-                    forward.block(&stream, i).unwrap();
-                    continue;
+        match mode {
+            Mode::Parts => {
+                forward.embed(&stream).unwrap();
+                for i in 0..tiny.blocks.len() {
+                    if i == 1 {
+                        forward.block(&stream, i).unwrap();
+                        continue;
+                    }
+                    forward.attention_part(&stream, i).unwrap();
+                    forward.ffn_part(&stream, i).unwrap();
                 }
-                forward.attention_part(&stream, i).unwrap();
-                forward.ffn_part(&stream, i).unwrap();
+                forward.head(&stream).unwrap();
             }
-            forward.head(&stream).unwrap();
-        } else {
-            forward.run(&stream).unwrap_or_else(|e| panic!("{e}: {}", param_cuda_emulation::last_fault()));
+            Mode::Recorded if chunks.iter().all(|(_, n)| *n == 1) => {
+                let graph = recorded.get_or_insert_with(|| stream.capture(|stream| forward.run(stream)).unwrap());
+                // SAFETY: `forward`, the model and the caches live.
+                unsafe { graph.launch(&stream) }.unwrap();
+            }
+            _ => forward.run(&stream).unwrap_or_else(|e| panic!("{e}: {}", param_cuda_emulation::last_fault())),
         }
         let logits = forward.logits().to_vec().unwrap();
         for ((_, sequence, position), got) in wanted.iter().zip(logits.chunks_exact(tiny.dims.n_vocab as usize)) {
-            let want = &expected[*sequence].0[*position];
+            let want = &expected[*sequence][*position];
+            let largest = want.iter().fold(1.0f64, |largest, logit| largest.max(logit.abs()));
             got.iter().zip(want).for_each(|(got, want)| {
-                let e = (f64::from(*got) - want).abs();
+                let e = (f64::from(*got) - want).abs() / largest;
                 error = if e.is_nan() { f64::INFINITY } else { error.max(e) };
             });
         }
         assert_eq!(forward.not_finite().to_vec().unwrap(), [0]);
     }
-    (error, margin)
+    error
 }
 
 /// Chunks that begin and go on, of one row and of more than a tile has.
-const PASSES: [&[(usize, usize)]; 4] = [&[(0, 5), (1, 1)], &[(1, 17), (0, 2), (2, 3)], &[(0, 1), (1, 1), (2, 1)], &[(2, 66)]];
+const PASSES: [&[(usize, usize)]; 4] =
+    [&[(0, 5), (1, 1)], &[(1, 17), (0, 2), (2, 3)], &[(0, 1), (1, 1), (2, 1)], &[(2, 66)]];
 
 #[test]
 fn a_model_in_f32_gives_the_logits_of_plain_sums() {
-    for (seed, d) in [
-        (1, dims(2, 16, 40, 4, 2, true)),
-        (2, dims(1, 40, 64, 0, 0, true)),
-        (3, dims(3, 32, 96, 5, 5, true)),
-    ] {
-        let (error, _) = model_error(&Tiny::random(seed, d, &[Format::F32]), &PASSES, seed == 1);
+    for (seed, d) in
+        [(1, dims(2, 16, 40, 4, 2, true)), (2, dims(1, 40, 64, 0, 0, true)), (3, dims(3, 32, 96, 5, 5, true))]
+    {
+        let error = model_error(
+            &Tiny::random(seed, d, &[Format::F32]),
+            &PASSES,
+            if seed == 1 { Mode::Parts } else { Mode::Whole },
+            1e-5,
+        );
         assert!(error < 1e-4, "{seed}: {error}");
     }
 }
 
 /// Activations are rounded to f16 before every product, keys, values and probabilities too: 2^-11 of numbers around 1, of which the
 /// logits sum many. bf16 keeps three bits less.
-const F16_ERROR: f64 = 2e-2;
-const BF16_ERROR: f64 = 1.5e-1;
+const F16_ERROR: f64 = 8e-3;
+const BF16_ERROR: f64 = 2e-2;
 
 #[test]
 fn models_of_every_format_give_the_logits_of_plain_sums() {
@@ -602,18 +641,35 @@ fn models_of_every_format_give_the_logits_of_plain_sums() {
     let cases: [(u64, Model, &[Format], f64); 7] = [
         (1, dims(2, 32, 40, 4, 2, false), &[F16], F16_ERROR),
         (2, dims(3, 64, 64, 3, 1, false), &[F16, F32, Q8_0], F16_ERROR),
-        (3, dims(2, 32, 64, 4, 2, false), &[Bf16], BF16_ERROR),
+        (3, dims(2, 32, 64, 3, 3, false), &[Bf16], BF16_ERROR),
         (4, dims(2, 128, 256, 4, 3, false), &[Q4K], F16_ERROR),
         (5, dims(4, 64, 512, 2, 2, false), &[Q6K, Q4K], F16_ERROR),
         (6, dims(2, 32, 96, 8, 3, false), &[Q8_0], F16_ERROR),
         (7, dims(4, 24, 40, 4, 2, true), &[F16], F16_ERROR),
     ];
     for (seed, d, formats, bound) in cases {
-        let (error, margin) = model_error(&Tiny::random(seed, d, formats), &PASSES, seed % 2 == 0);
-        // Where a choice hangs by less than what rounding moves, another expert is as right.
-        println!("{formats:?}: error {error:.2e}, margin {margin:.2e}");
-        assert!(error < bound, "{seed}: {error}, with a margin of {margin}");
+        let error = model_error(
+            &Tiny::random(seed, d, formats),
+            &PASSES,
+            if seed.is_multiple_of(2) { Mode::Parts } else { Mode::Whole },
+            bound / 2.0,
+        );
+        println!("{formats:?}: {error:.1e}");
+        assert!(error < bound, "{seed}: {formats:?}: {error}");
     }
+}
+
+#[test]
+fn a_recorded_pass_goes_on_with_other_rows() {
+    const ONE_EACH: &[(usize, usize)] = &[(0, 1), (1, 1), (2, 1)];
+    let passes = [&[(0, 4), (1, 9)], ONE_EACH, ONE_EACH, ONE_EACH];
+    let tiny = Tiny::random(8, dims(2, 32, 64, 4, 2, false), &[Format::Q8_0]);
+    for schedule in Schedule::ALL {
+        param_cuda_emulation::schedule(Some(schedule));
+        let error = model_error(&tiny, &passes, Mode::Recorded, F16_ERROR / 2.0);
+        assert!(error < F16_ERROR, "{schedule:?}: {error}");
+    }
+    param_cuda_emulation::schedule(None);
 }
 
 #[test]

@@ -5,9 +5,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 use param_cuda::model::{Activation, Format, Model};
-use param_cuda::{
-    BlockWeights, DeviceModel, FeedForwardWeights, Gpu, NormWeights, OuterWeights, Weights,
-};
+use param_cuda::{BlockWeights, DeviceModel, FeedForwardWeights, Gpu, NormWeights, OuterWeights, Weights};
 use rand::{Rng, RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
