@@ -47,7 +47,7 @@ DEVICE u8* keys_of(const Decode& d, const Small& small, u32 layer, u32 sequence,
 DEVICE void prefetch_past(const Decode& d, const Small& small, u32 layer, const Item& it) {
     u32 row_bytes = d.model.head_dim * (d.model.cache_f32 ? 4 : 2);
     const u8* keys = keys_of(d, small, layer, it.sequence, it.head) + (u64)it.begin * row_bytes;
-    for (u32 at = threadIdx.x * 128; at < (it.end - it.begin) * row_bytes; at += DECODE_THREADS * 128) {
+    for (u32 at = threadIdx.x * FETCH_BYTES; at < (it.end - it.begin) * row_bytes; at += DECODE_THREADS * FETCH_BYTES) {
         prefetch_l2(keys + at);
         prefetch_l2(keys + (u64)d.model.n_head * d.caches.n_ctx * row_bytes + at);
     }

@@ -391,14 +391,17 @@ CALLED void multiply_units(const Job& j, const u8* halves, const float* sums, u3
     u32 slots = j.units < DECODE_WARPS ? j.units : DECODE_WARPS, batch = 64 / slots;
     u32 next = j.begin + warp, turn = 0;
     if (j.begin < j.end) write.prepare(j.begin / j.units + threadIdx.x / 16 / n_sequence, threadIdx.x % 16);
+#pragma unroll 1
     for (u32 tile0 = j.begin / j.units; tile0 * j.units < j.end; tile0 += batch) {
         u32 batch_end = (tile0 + batch) * j.units < j.end ? (tile0 + batch) * j.units : j.end;
+#pragma unroll 1
         while (next < batch_end) {
             u32 tile = next / j.units;
             u32 from = tile * j.units > j.begin ? tile * j.units : j.begin;
             u32 to = (tile + 1) * j.units < j.end ? (tile + 1) * j.units : j.end;
             u32 slot = (tile - tile0) * slots + (next - from) % DECODE_WARPS;
             float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
             do {
                 copy_async_wait<RING - 1>();
                 __syncwarp();

@@ -196,11 +196,8 @@ impl Decoder {
             kernel.allow_shared(shared as u32)?;
             Ok::<_, Error>(kernel)
         };
-        let kernels = Kernels {
-            token: kernel("decode_token")?,
-            phase: kernel("decode_phase")?,
-            pick: kernel("decode_pick")?,
-        };
+        let kernels =
+            Kernels { token: kernel("decode_token")?, phase: kernel("decode_phase")?, pick: kernel("decode_pick")? };
         let n_block = gpu.n_multiprocessor();
         // A block's share of the vocabulary is sorted where its weights were.
         within("tokens for each multiprocessor", (n_vocab.div_ceil(16)).div_ceil(n_block) * 16, RING_BYTES / 8)?;
