@@ -161,11 +161,14 @@ DEVICE void grid_wait(const u32* counter, u32& round) {
     __syncthreads();
 }
 
+// What one request brings to the second-level cache, if no more is certain.
+#define FETCH_BYTES 64
+
 // Asks the second-level cache for what some block will read: each for some of it.
 CALLED void prefetch(const void* p, u64 bytes, u32 rank, u32 n_block) {
     if (!p) return;
 #pragma unroll 1
-    for (u64 at = (u64)(threadIdx.x * n_block + rank) * 128; at < bytes; at += (u64)DECODE_THREADS * 128 * n_block) prefetch_l2((const u8*)p + at);
+    for (u64 at = (u64)(threadIdx.x * n_block + rank) * FETCH_BYTES; at < bytes; at += (u64)DECODE_THREADS * FETCH_BYTES * n_block) prefetch_l2((const u8*)p + at);
 }
 
 DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }

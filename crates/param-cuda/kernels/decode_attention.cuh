@@ -47,7 +47,7 @@ DEVICE u8* keys_of(const Decode& d, const Small& small, u32 layer, u32 sequence,
 DEVICE void prefetch_past(const Decode& d, const Small& small, u32 layer, const Item& it) {
     u32 row_bytes = d.model.head_dim * (d.model.cache_f32 ? 4 : 2);
     const u8* keys = keys_of(d, small, layer, it.sequence, it.head) + (u64)it.begin * row_bytes;
-    for (u32 at = threadIdx.x * 128; at < (it.end - it.begin) * row_bytes; at += DECODE_THREADS * 128) {
+    for (u32 at = threadIdx.x * FETCH_BYTES; at < (it.end - it.begin) * row_bytes; at += DECODE_THREADS * FETCH_BYTES) {
         prefetch_l2(keys + at);
         prefetch_l2(keys + (u64)d.model.n_head * d.caches.n_ctx * row_bytes + at);
     }
@@ -137,89 +137,87 @@ template <bool F32> DEVICE void attend_past(const Decode& d, const Shared& s, u3
     bool holding = element < head_dim;
     const float scale = 1.4426950408889634f / sqrtf((float)head_dim);
     float* outs = s.red; // [DECODE_WARPS, head_dim + 2]
-    {
-        u32 begin = it.begin, end = it.end;
-        u32 row_bytes = head_dim * (F32 ? 4 : 2);
-        const u8* k = keys_of(d, *s.small, layer, it.sequence, it.head);
-        const u8* v = k + (u64)m.n_head * d.caches.n_ctx * row_bytes;
-        float q[8], sum[8], maximum = MINUS_INFINITY, total = 0.0f;
+    u32 begin = it.begin, end = it.end;
+    u32 row_bytes = head_dim * (F32 ? 4 : 2);
+    const u8* k = keys_of(d, *s.small, layer, it.sequence, it.head);
+    const u8* v = k + (u64)m.n_head * d.caches.n_ctx * row_bytes;
+    float q[8], sum[8], maximum = MINUS_INFINITY, total = 0.0f;
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            q[i] = holding ? s.heads[it.sequence * head_dim + element + i] * scale : 0.0f;
-            sum[i] = 0.0f;
-        }
-        // Every lane of a warp goes round as often.
+    for (int i = 0; i < 8; i++) {
+        q[i] = holding ? s.heads[it.sequence * head_dim + element + i] * scale : 0.0f;
+        sum[i] = 0.0f;
+    }
+    // Every lane of a warp goes round as often.
 #pragma unroll 1
-        for (u32 base = begin + warp * keys; base < end; base += DECODE_WARPS * keys * UNROLL) {
-            Eight<F32> kx[UNROLL], vx[UNROLL];
-            float score[UNROLL];
+    for (u32 base = begin + warp * keys; base < end; base += DECODE_WARPS * keys * UNROLL) {
+        Eight<F32> kx[UNROLL], vx[UNROLL];
+        float score[UNROLL];
 #pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                u32 position = base + key + u * DECODE_WARPS * keys;
-                kx[u] = load_eight<F32>(k + (u64)position * row_bytes, element, holding && position < end);
-                vx[u] = load_eight<F32>(v + (u64)position * row_bytes, element, holding && position < end);
-            }
-            float newest = maximum;
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                float dot = 0.0f, x[8];
-                unpack(kx[u], x);
-#pragma unroll
-                for (int i = 0; i < 8; i++) dot = fmaf(q[i], x[i], dot);
-                for (u32 x = 1; x < lanes; x *= 2) dot += __shfl_xor_sync(FULL, dot, x);
-                score[u] = base + key + u * DECODE_WARPS * keys < end ? dot : MINUS_INFINITY;
-                newest = fmaxf(newest, score[u]);
-            }
-            float reference = newest == MINUS_INFINITY ? 0.0f : newest, shrink = exp2_fast(maximum - reference);
-            maximum = newest;
-            total *= shrink;
-#pragma unroll
-            for (int i = 0; i < 8; i++) sum[i] *= shrink;
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                float p = exp2_fast(score[u] - reference), x[8];
-                unpack(vx[u], x);
-                total += p;
-#pragma unroll
-                for (int i = 0; i < 8; i++) sum[i] = fmaf(p, x[i], sum[i]);
-            }
+        for (int u = 0; u < UNROLL; u++) {
+            u32 position = base + key + u * DECODE_WARPS * keys;
+            kx[u] = load_eight<F32>(k + (u64)position * row_bytes, element, holding && position < end);
+            vx[u] = load_eight<F32>(v + (u64)position * row_bytes, element, holding && position < end);
         }
-        // Groups of lanes meet, then warps.
-        float best = maximum;
-        for (u32 x = lanes; x < WARP; x *= 2) best = fmaxf(best, __shfl_xor_sync(FULL, best, x));
-        float shrink = maximum == MINUS_INFINITY ? 0.0f : exp2_fast(maximum - best);
+        float newest = maximum;
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            float dot = 0.0f, x[8];
+            unpack(kx[u], x);
+#pragma unroll
+            for (int i = 0; i < 8; i++) dot = fmaf(q[i], x[i], dot);
+            for (u32 x = 1; x < lanes; x *= 2) dot += __shfl_xor_sync(FULL, dot, x);
+            score[u] = base + key + u * DECODE_WARPS * keys < end ? dot : MINUS_INFINITY;
+            newest = fmaxf(newest, score[u]);
+        }
+        float reference = newest == MINUS_INFINITY ? 0.0f : newest, shrink = exp2_fast(maximum - reference);
+        maximum = newest;
         total *= shrink;
-        for (u32 x = lanes; x < WARP; x *= 2) total += __shfl_xor_sync(FULL, total, x);
-        float* out = outs + warp * (head_dim + 2);
 #pragma unroll
-        for (int i = 0; i < 8; i++) {
-            float o = sum[i] * shrink;
-            for (u32 x = lanes; x < WARP; x *= 2) o += __shfl_xor_sync(FULL, o, x);
-            if (key == 0 && holding) out[element + i] = o;
+        for (int i = 0; i < 8; i++) sum[i] *= shrink;
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            float p = exp2_fast(score[u] - reference), x[8];
+            unpack(vx[u], x);
+            total += p;
+#pragma unroll
+            for (int i = 0; i < 8; i++) sum[i] = fmaf(p, x[i], sum[i]);
         }
-        if (lane == 0) {
-            out[head_dim] = best;
-            out[head_dim + 1] = total;
+    }
+    // Groups of lanes meet, then warps.
+    float best = maximum;
+    for (u32 x = lanes; x < WARP; x *= 2) best = fmaxf(best, __shfl_xor_sync(FULL, best, x));
+    float shrink = maximum == MINUS_INFINITY ? 0.0f : exp2_fast(maximum - best);
+    total *= shrink;
+    for (u32 x = lanes; x < WARP; x *= 2) total += __shfl_xor_sync(FULL, total, x);
+    float* out = outs + warp * (head_dim + 2);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float o = sum[i] * shrink;
+        for (u32 x = lanes; x < WARP; x *= 2) o += __shfl_xor_sync(FULL, o, x);
+        if (key == 0 && holding) out[element + i] = o;
+    }
+    if (lane == 0) {
+        out[head_dim] = best;
+        out[head_dim + 1] = total;
+    }
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < head_dim; i += DECODE_THREADS) {
+        float best = MINUS_INFINITY, total = 0.0f, o = 0.0f;
+#pragma unroll
+        for (u32 w = 0; w < DECODE_WARPS; w++) best = fmaxf(best, outs[w * (head_dim + 2) + head_dim]);
+#pragma unroll
+        for (u32 w = 0; w < DECODE_WARPS; w++) {
+            const float* part = outs + w * (head_dim + 2);
+            float p = part[head_dim] == MINUS_INFINITY ? 0.0f : exp2_fast(part[head_dim] - best);
+            o = fmaf(p, part[i], o);
+            total = fmaf(p, part[head_dim + 1], total);
         }
-        __syncthreads();
-        for (u32 i = threadIdx.x; i < head_dim; i += DECODE_THREADS) {
-            float best = MINUS_INFINITY, total = 0.0f, o = 0.0f;
-#pragma unroll
-            for (u32 w = 0; w < DECODE_WARPS; w++) best = fmaxf(best, outs[w * (head_dim + 2) + head_dim]);
-#pragma unroll
-            for (u32 w = 0; w < DECODE_WARPS; w++) {
-                const float* part = outs + w * (head_dim + 2);
-                float p = part[head_dim] == MINUS_INFINITY ? 0.0f : exp2_fast(part[head_dim] - best);
-                o = fmaf(p, part[i], o);
-                total = fmaf(p, part[head_dim + 1], total);
-            }
-            u32 part = (it.split + 1) * MAX_SEQUENCE + it.sequence;
-            d.attended[part * m.n_embd + it.head * head_dim + i] = o;
-            if (i == 0) {
-                float* sums = d.attended_sums + (part * m.n_head + it.head) * 2;
-                sums[0] = best;
-                sums[1] = total;
-            }
+        u32 part = (it.split + 1) * MAX_SEQUENCE + it.sequence;
+        d.attended[part * m.n_embd + it.head * head_dim + i] = o;
+        if (i == 0) {
+            float* sums = d.attended_sums + (part * m.n_head + it.head) * 2;
+            sums[0] = best;
+            sums[1] = total;
         }
     }
 }

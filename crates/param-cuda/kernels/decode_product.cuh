@@ -130,10 +130,14 @@ template <int F> DEVICE void copy_unit(const Job& j, u32 unit, u8* to) {
 DEVICE float byte_of(u32 word, int i) { return (float)(word >> 8 * i & 0xff); }
 DEVICE float signed_byte_of(u32 word, int i) { return (float)(signed char)(word >> 8 * i); }
 
+// Bytes 0 and 2, or 1 and 3, as f16 that are 1024 too large.
+DEVICE u32 even_bytes(u32 word) { return __byte_perm(word, 0x64646464u, 0x4240); }
+DEVICE u32 odd_bytes(u32 word) { return __byte_perm(word, 0x64646464u, 0x4341); }
+
 // (0, 1) and (2, 3) become (0, 2) and (1, 3).
 DEVICE void cross_halves(u32 a, u32 b, u32& even, u32& odd) {
-    even = (a & 0xffffu) | b << 16;
-    odd = a >> 16 | (b & 0xffff0000u);
+    even = __byte_perm(a, b, 0x5410);
+    odd = __byte_perm(a, b, 0x7632);
 }
 
 // The activations of one lane: of column `lane / 4` of each piece, sixteen bytes.
@@ -232,17 +236,18 @@ DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* h
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             if (i >= (int)n_piece) break;
-            float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            float d[4];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 at = i * 32 + half * 16 + 4 * t;
                 u32 u = *(const u32*)(upper + at) ^ 0x80808080u, l = *(const u32*)(lower + at) ^ 0x80808080u, a[4];
-                a[0] = f16x2_sub(and_or(u, 0x00ff00ffu, 0x64006400u), 0x64806480u);
-                a[1] = f16x2_sub(and_or(l, 0x00ff00ffu, 0x64006400u), 0x64806480u);
-                a[2] = f16x2_sub(and_or(u >> 8, 0x00ff00ffu, 0x64006400u), 0x64806480u);
-                a[3] = f16x2_sub(and_or(l >> 8, 0x00ff00ffu, 0x64006400u), 0x64806480u);
+                a[0] = f16x2_sub(even_bytes(u), 0x64806480u);
+                a[1] = f16x2_sub(even_bytes(l), 0x64806480u);
+                a[2] = f16x2_sub(odd_bytes(u), 0x64806480u);
+                a[3] = f16x2_sub(odd_bytes(l), 0x64806480u);
                 const u32 x[2] = {b[i][half * 2], b[i][half * 2 + 1]};
-                mma_f16(d, a, x);
+                if (half == 0) mma_f16_new(d, a, x);
+                else mma_f16(d, a, x);
             }
             float us = from_f16(*(const u16*)(upper_scales + 2 * i)), ls = from_f16(*(const u16*)(lower_scales + 2 * i));
             acc[0] = fmaf(us, d[0], acc[0]);
@@ -262,7 +267,7 @@ DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* h
         sums += (u64)piece * 2 * MAX_SEQUENCE + t;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+            float d[4];
             // The high nibbles of a word stay where they are, 16 times too large.
             const u32 mask = i % 2 ? 0x00f000f0u : 0x000f000fu;
 #pragma unroll
@@ -274,7 +279,8 @@ DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* h
                 a[2] = f16x2_sub(and_or(u >> 8, mask, 0x64006400u), 0x64006400u);
                 a[3] = f16x2_sub(and_or(l >> 8, mask, 0x64006400u), 0x64006400u);
                 const u32 x[2] = {b[i][half * 2], b[i][half * 2 + 1]};
-                mma_f16(d, a, x);
+                if (half == 0) mma_f16_new(d, a, x);
+                else mma_f16(d, a, x);
             }
             const float nibble = i % 2 ? 0.0625f : 1.0f;
             float u = ud * nibble * byte_of(us[i / 4], i % 4), l = ld * nibble * byte_of(ls[i / 4], i % 4);
@@ -308,14 +314,16 @@ DEVICE void multiply_unit(const Job& j, u32 unit, const u8* weights, const u8* h
                     // The two high bits of each element, at bits 4 and 5 of its byte.
                     u32 uh = q == 0 ? uq << 4 : q == 1 ? uq << 2 : q == 2 ? uq : uq >> 2;
                     u32 lh = q == 0 ? lq << 4 : q == 1 ? lq << 2 : q == 2 ? lq : lq >> 2;
+                    u = (u & 0x0f0f0f0fu) | (uh & 0x30303030u);
+                    l = (l & 0x0f0f0f0fu) | (lh & 0x30303030u);
                     u32 a[4];
-                    a[0] = f16x2_sub(and_or(uh, 0x00300030u, and_or(u, 0x000f000fu, 0x64006400u)), 0x64206420u);
-                    a[1] = f16x2_sub(and_or(lh, 0x00300030u, and_or(l, 0x000f000fu, 0x64006400u)), 0x64206420u);
-                    a[2] = f16x2_sub(and_or(uh >> 8, 0x00300030u, and_or(u >> 8, 0x000f000fu, 0x64006400u)), 0x64206420u);
-                    a[3] = f16x2_sub(and_or(lh >> 8, 0x00300030u, and_or(l >> 8, 0x000f000fu, 0x64006400u)), 0x64206420u);
-                    float d[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+                    a[0] = f16x2_sub(even_bytes(u), 0x64206420u);
+                    a[1] = f16x2_sub(even_bytes(l), 0x64206420u);
+                    a[2] = f16x2_sub(odd_bytes(u), 0x64206420u);
+                    a[3] = f16x2_sub(odd_bytes(l), 0x64206420u);
+                    float d[4];
                     const u32 x[2] = {b[block * 4 + q][half * 2], b[block * 4 + q][half * 2 + 1]};
-                    mma_f16(d, a, x);
+                    mma_f16_new(d, a, x);
                     // Sixteen elements have a scale: number block * 8 + q * 2 + half.
                     float su = ud * signed_byte_of(us[block * 2 + q / 2], q % 2 * 2 + half);
                     float sl = ld * signed_byte_of(ls[block * 2 + q / 2], q % 2 * 2 + half);
@@ -383,14 +391,17 @@ CALLED void multiply_units(const Job& j, const u8* halves, const float* sums, u3
     u32 slots = j.units < DECODE_WARPS ? j.units : DECODE_WARPS, batch = 64 / slots;
     u32 next = j.begin + warp, turn = 0;
     if (j.begin < j.end) write.prepare(j.begin / j.units + threadIdx.x / 16 / n_sequence, threadIdx.x % 16);
+#pragma unroll 1
     for (u32 tile0 = j.begin / j.units; tile0 * j.units < j.end; tile0 += batch) {
         u32 batch_end = (tile0 + batch) * j.units < j.end ? (tile0 + batch) * j.units : j.end;
+#pragma unroll 1
         while (next < batch_end) {
             u32 tile = next / j.units;
             u32 from = tile * j.units > j.begin ? tile * j.units : j.begin;
             u32 to = (tile + 1) * j.units < j.end ? (tile + 1) * j.units : j.end;
             u32 slot = (tile - tile0) * slots + (next - from) % DECODE_WARPS;
             float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 1
             do {
                 copy_async_wait<RING - 1>();
                 __syncwarp();

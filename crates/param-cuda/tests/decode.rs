@@ -185,6 +185,34 @@ fn several_tokens_in_one_launch_are_those_of_several_launches() {
 }
 
 #[test]
+fn of_equals_the_lower_is_chosen() {
+    let gpu = gpu();
+    let mut model = TinyModel::random(&shape(Format::F16), 10);
+    model.tie();
+    let mut run = Run::new(&gpu, &model, 2);
+    let three = Sampling {
+        temperature: 1.0,
+        top_k: 3,
+        top_p: 1.0,
+        min_p: 0.0,
+        repeat_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        penalties: Vec::new(),
+    };
+    for (pick, want) in [(Pick::Greedy, 0), (Pick::Sample, 2)] {
+        for mode in [Mode::Persistent, Mode::Graph] {
+            run.decoder.set(0, 0, 5, 0).unwrap();
+            run.decoder.set_sampling(0, &three).unwrap();
+            run.decoder.set_uniform(0, 0.9);
+            run.decoder.step(&run.stream, 1, 1, mode, pick).unwrap();
+            assert!(error(&run.logits(0), &model.forward(&mut model.sequence(), 5)) < 3e-5);
+            assert_eq!(run.decoder.chosen(0, run.decoder.n_chosen(0) - 1), want);
+        }
+    }
+}
+
+#[test]
 fn damage_is_flagged_for_its_sequence_alone() {
     let gpu = gpu();
     let mut model = TinyModel::random(&shape(Format::F32), 8);

@@ -255,6 +255,20 @@ impl TinyModel {
         }
     }
 
+    /// Experts and tokens that no logit tells apart.
+    pub fn tie(&mut self) {
+        for block in &mut self.blocks {
+            block.router.fill(0.0);
+            block.selection_bias.fill(0.0);
+        }
+        let row = self.head.n_col;
+        let bytes = self.head.stored.len() / self.head.n_row;
+        for i in 1..self.head.n_row {
+            self.head.values.copy_within(..row, i * row);
+            self.head.stored.copy_within(..bytes, i * bytes);
+        }
+    }
+
     pub fn upload(&self, gpu: &Arc<Gpu>) -> DeviceModel {
         let shape = &self.shape;
         let dims = Model {
