@@ -53,8 +53,31 @@ DEVICE void store_four(const NormArgs& p, u64 at, float4 e) {
     if (p.f32) *(float4*)(p.f32 + at) = e;
 }
 
+// Columns i to i + 3 of the residual stream, and what is to be added to them.
+DEVICE float4 sum_up(const NormArgs& p, const float* x, const float* y, u32 i) {
+    float4 e = *(const float4*)(x + i);
+    if (!p.y) return e;
+#pragma unroll 4
+    for (u32 part = 0; part < p.n_part; part++) {
+        float4 a = *(const float4*)(y + (u64)part * p.stride + i);
+        e.x += a.x;
+        e.y += a.y;
+        e.z += a.z;
+        e.w += a.w;
+    }
+    return e;
+}
+
+DEVICE float squares(float4 e, float mean) {
+    e.x -= mean;
+    e.y -= mean;
+    e.z -= mean;
+    e.w -= mean;
+    return e.x * e.x + e.y * e.y + (e.z * e.z + e.w * e.w);
+}
+
 // n_embd is a multiple of 8, `stride` of 32.
-KERNEL void __launch_bounds__(THREADS) layer_norm(NormArgs p) {
+KERNEL void __launch_bounds__(THREADS, 4) layer_norm(NormArgs p) {
     __shared__ float parts[THREADS / WARP];
     __shared__ float logits[MAX_EXPERT];
     DYNAMIC_SHARED(float, v); // [n_embd]
@@ -62,50 +85,49 @@ KERNEL void __launch_bounds__(THREADS) layer_norm(NormArgs p) {
     u32 row = p.rows ? p.rows[blockIdx.x] : blockIdx.x;
     float* x = p.x + (u64)row * p.stride;
     u64 to = (u64)blockIdx.x * p.stride;
-    if (p.slots[row] == NO_SLOT) {
-        if (p.norm.scale)
-            for (u32 i = thread * 4; i < p.stride; i += THREADS * 4) store_four(p, to + i, make_float4(0.0f, 0.0f, 0.0f, 0.0f));
+    u32 slot = p.slots[row];
+    const float* y = p.y + (u64)row * p.n_part * p.stride;
+    // The first four columns of a thread, most often all it has: everything they need is under way before anything waits.
+    u32 first = thread * 4;
+    bool has_first = first < p.n_embd, normalises = p.norm.scale != 0;
+    float4 zero = make_float4(0.0f, 0.0f, 0.0f, 0.0f), e0 = zero, scale0 = zero, shift0 = zero;
+    if (has_first) {
+        e0 = sum_up(p, x, y, first);
+        if (normalises) {
+            scale0 = *(const float4*)(p.norm.scale + first);
+            shift0 = *(const float4*)(p.norm.shift + first);
+        }
+    }
+    if (slot == NO_SLOT) {
+        if (normalises)
+            for (u32 i = first; i < p.stride; i += THREADS * 4) store_four(p, to + i, zero);
         if (p.router && thread < p.n_used) p.choices[row * p.n_used + thread] = p.n_expert;
         return;
     }
-    const float* y = p.y + (u64)row * p.n_part * p.stride;
-    float sum = 0.0f;
-    for (u32 i = thread * 4; i < p.n_embd; i += THREADS * 4) {
-        float4 e = *(const float4*)(x + i);
-        if (p.y) {
-#pragma unroll 8
-            for (u32 part = 0; part < p.n_part; part++) {
-                float4 a = *(const float4*)(y + (u64)part * p.stride + i);
-                e.x += a.x;
-                e.y += a.y;
-                e.z += a.z;
-                e.w += a.w;
-            }
-            if (!p.rows) *(float4*)(x + i) = e;
-        }
+    bool writes = p.y != 0 && p.rows == 0;
+    if (has_first && writes) *(float4*)(x + first) = e0;
+    float sum = e0.x + e0.y + (e0.z + e0.w);
+    for (u32 i = first + THREADS * 4; i < p.n_embd; i += THREADS * 4) {
+        float4 e = sum_up(p, x, y, i);
+        if (writes) *(float4*)(x + i) = e;
         *(float4*)(v + i) = e;
         sum += e.x + e.y + (e.z + e.w);
     }
-    if (!p.norm.scale) return;
+    if (!normalises) return;
     float mean = block_sum(sum, parts) / (float)p.n_embd;
-    float square = 0.0f;
-    for (u32 i = thread * 4; i < p.n_embd; i += THREADS * 4) {
-        float4 e = *(const float4*)(v + i);
-        e.x -= mean;
-        e.y -= mean;
-        e.z -= mean;
-        e.w -= mean;
-        square += e.x * e.x + e.y * e.y + (e.z * e.z + e.w * e.w);
-    }
+    float square = has_first ? squares(e0, mean) : 0.0f;
+    for (u32 i = first + THREADS * 4; i < p.n_embd; i += THREADS * 4) square += squares(*(const float4*)(v + i), mean);
     float variance = block_sum(square, parts) / (float)p.n_embd;
     // Anything in the row that is not finite makes this neither; a comparison with NaN is false.
     if (thread == 0 && !(variance < 3.0e38f)) atomicMax(p.not_finite, 1u);
     float factor = 1.0f / sqrtf(variance + p.eps);
-    for (u32 i = thread * 4; i < p.stride; i += THREADS * 4) {
-        float4 e = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (u32 i = first; i < p.stride; i += THREADS * 4) {
+        float4 e = zero;
         if (i < p.n_embd) {
-            float4 scale = *(const float4*)(p.norm.scale + i), shift = *(const float4*)(p.norm.shift + i);
-            e = *(const float4*)(v + i);
+            bool is_first = i == first;
+            float4 scale = is_first ? scale0 : *(const float4*)(p.norm.scale + i);
+            float4 shift = is_first ? shift0 : *(const float4*)(p.norm.shift + i);
+            e = is_first ? e0 : *(const float4*)(v + i);
             e.x = (e.x - mean) * factor * scale.x + shift.x;
             e.y = (e.y - mean) * factor * scale.y + shift.y;
             e.z = (e.z - mean) * factor * scale.z + shift.z;

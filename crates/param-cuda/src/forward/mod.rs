@@ -380,23 +380,20 @@ impl Forward {
         self.n_part = 0;
 
         let qkv = [block.q, block.k, block.v];
-        // One launch for all three where they are stored alike.
-        let launches: &[(usize, usize)] = match qkv.map(|w| w.format) {
-            [q, k, v] if q == k && k == v => &[(0, 3)],
-            _ => &[(0, 1), (1, 1), (2, 1)],
-        };
-        for &(first, n) in launches {
-            let w = &qkv[first..first + n];
+        // One launch for those next to each other that are stored alike.
+        let mut first = 0;
+        for w in qkv.chunk_by(|a, b| a.format == b.format) {
             let product = Product {
                 input: self.h[Format::of(&w[0]).element() as usize].address(),
                 output: self.q.address(),
                 output_kind: Output::Qkv as u32,
-                first_matrix: first as u32,
+                first_matrix: first,
                 layer: i as u32,
                 ..self.product(w)
             };
             // SAFETY: normalised rows go in; queries and caches have room for all rows.
-            unsafe { self.products.launch(stream, product, n as u32, 0) }?;
+            unsafe { self.products.launch(stream, product, w.len() as u32, 0) }?;
+            first += w.len() as u32;
         }
 
         let element = Format::of(&block.out).element();
