@@ -101,6 +101,6 @@ template <int BM> DEVICE void product(const Product& p) {
     store_sums<BM, BN, 1, 256>(p, matrix, rows, which, split, shared);
 }
 
-KERNEL void __launch_bounds__(256, 3) product_f32_64(Product p) { product<64>(p); }
-KERNEL void __launch_bounds__(256, 3) product_f32_32(Product p) { product<32>(p); }
-KERNEL void __launch_bounds__(256, 3) product_f32_16(Product p) { product<16>(p); }
+KERNEL void __launch_bounds__(256, 2) product_f32_64(Product p) { product<64>(p); }
+KERNEL void __launch_bounds__(256, 2) product_f32_32(Product p) { product<32>(p); }
+KERNEL void __launch_bounds__(256, 2) product_f32_16(Product p) { product<16>(p); }
