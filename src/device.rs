@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use clap::{Args, ValueEnum};
-use param_runtime::{Device, Model, ModelOptions};
+use param_runtime::{Device, GpuDecode, Model, ModelOptions};
 
 use crate::cli::Usage;
 
@@ -21,6 +21,19 @@ pub struct DeviceArgs {
     /// Who holds the experts, which are most of the weights
     #[arg(long, value_enum, default_value = "gpu", value_name = "WHERE")]
     experts: ExpertsArg,
+    /// How a GPU that holds the whole model runs single tokens
+    #[arg(long, value_enum, default_value = "auto", value_name = "HOW", hide_short_help = true)]
+    gpu_decode: DecodeArg,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum DecodeArg {
+    /// As is fastest for so many sequences
+    Auto,
+    /// A kernel for each phase, launched together as a graph
+    Graph,
+    /// One kernel for the whole token
+    Persistent,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
@@ -56,7 +69,13 @@ impl DeviceArgs {
             return Err(Usage("--gpu-layers and --experts need --device auto or cuda".to_owned()).into());
         }
         let experts_on_cpu = self.experts == ExpertsArg::Cpu;
-        let model = Model::open_with(path, &ModelOptions { device, gpu_layers: self.gpu_layers, experts_on_cpu })?;
+        let gpu_decode = match self.gpu_decode {
+            DecodeArg::Auto => GpuDecode::Auto,
+            DecodeArg::Graph => GpuDecode::Graph,
+            DecodeArg::Persistent => GpuDecode::Persistent,
+        };
+        let options = ModelOptions { device, gpu_layers: self.gpu_layers, experts_on_cpu, gpu_decode };
+        let model = Model::open_with(path, &options)?;
         match (model.gpu_description(), model.device_note()) {
             (Some(gpu), _) => eprintln!("on {gpu}"),
             (None, Some(note)) => eprintln!("on the CPU: {note}"),

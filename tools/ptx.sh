@@ -46,14 +46,7 @@ fetch() {
 }
 
 [ -d "${CARGO_HOME:-$HOME/.cargo}/bin" ] && PATH="${CARGO_HOME:-$HOME/.cargo}/bin:$PATH"
-# The compiler is part of the crate that embeds the files: a kernel that is new needs one for it to build.
-if [ $action = write ]; then
-    mkdir -p "$folder/ptx"
-    for kernel in "$folder"/kernels/*.cu; do
-        [ -e "$kernel" ] && touch "$folder/ptx/$(basename "${kernel%.cu}").ptx"
-    done
-fi
-run() { cargo run -q --release -p param-cuda --example ptx -- "$@"; }
+run() { cargo run -q --release -p ptx -- "$@"; }
 
 if [ $action = report ]; then
     # Of the driver's own age: what it makes of the PTX on an H100 of today.

@@ -23,6 +23,7 @@ fn build() -> Result<(), String> {
     println!("cargo:rerun-if-changed=src/source.rs");
     println!("cargo:rerun-if-changed={}", cpp.display());
     println!("cargo:rerun-if-changed={}", kernels.display());
+    println!("cargo:rerun-if-env-changed=CXX");
     println!("cargo:rustc-env=PARAM_EMULATION_OUT={}", out.display());
     if variable("CARGO_CFG_TARGET_OS")? != "linux" {
         println!("cargo:rustc-env=PARAM_EMULATION_CXX=");
@@ -32,18 +33,29 @@ fn build() -> Result<(), String> {
     let cxx = vec![tool.path().to_string_lossy().into_owned()];
     println!("cargo:rustc-env=PARAM_EMULATION_CXX={}", cxx.join("\t"));
 
+    for folder in ["emulation", "kernels", "old"] {
+        std::fs::create_dir_all(out.join(folder)).map_err(|e| format!("{}/{folder}: {e}", out.display()))?;
+    }
+    // Variants of what is built anew.
+    for entry in std::fs::read_dir(&out).map_err(|e| e.to_string())?.flatten() {
+        let name = entry.file_name();
+        if ["variant-", "new-"].iter().any(|p| name.to_string_lossy().starts_with(p)) {
+            let _ = std::fs::remove_dir_all(entry.path());
+        }
+    }
     let files = kernel_files(&kernels)?;
     let mut objects = Vec::new();
     let mut jobs: Vec<Box<dyn FnOnce() -> Result<String, String> + Send>> = Vec::new();
-    for file in [cpp.join("engine.cpp"), cpp.join("driver.cpp")] {
-        let object = object(&out, &file);
+    for stem in source::ENGINE {
+        let (file, object) =
+            (cpp.join(stem).with_extension("cpp"), out.join("emulation").join(stem).with_extension("o"));
         objects.push(object.clone());
         let cxx = cxx.clone();
         jobs.push(Box::new(move || source::compile(&cxx, &file, &object, false)));
     }
     for file in files {
         println!("cargo:rerun-if-changed={}", file.display());
-        let object = object(&out, &file);
+        let object = out.join("kernels").join(file.file_name().unwrap_or_default()).with_extension("o");
         objects.push(object.clone());
         let (cxx, cpp, kernels) = (cxx.clone(), cpp.clone(), kernels.clone());
         jobs.push(Box::new(move || {
@@ -71,14 +83,9 @@ fn build() -> Result<(), String> {
 
     // A driver so old that it knows no call but these two.
     let old = out.join("old");
-    std::fs::create_dir_all(&old).map_err(|e| format!("{}: {e}", old.display()))?;
     let object = old.join("old.o");
     source::compile(&cxx, &cpp.join("old.cpp"), &object, false)?;
     source::link(&cxx, &[object], &old.join("libcuda.so"), false)
-}
-
-fn object(out: &Path, file: &Path) -> PathBuf {
-    out.join(file.file_name().unwrap_or_default()).with_extension("o")
 }
 
 fn kernel_files(folder: &Path) -> Result<Vec<PathBuf>, String> {

@@ -1,8 +1,8 @@
 """The model in PyTorch on a GPU, and what the GPU can do at best: one JSON object a line, {"step", "rows"} or {"step", "error"},
 as soon as a step ends, with rows as `param-bench -o json` writes them.
 
-Weights are random, of the reference's initialisation. Decoding feeds each sequence its likeliest token on the device; "read back"
-waits for each token on the host as well, as someone does who prints them.
+Weights are random, of the reference's initialisation, and so are tokens, as in param-bench: greedy text of such weights repeats itself.
+Decoding finds each sequence's likeliest token; "read back" waits for it on the host as well, as someone does who prints it.
 """
 
 import argparse
@@ -192,11 +192,12 @@ class Bench:
         cache = model.new_cache(batch, depth + N_GEN)
         for part in cache:
             part.normal_()
-        ids, position = self.ids(batch, 1), torch.full((1,), depth, device=self.device)
+        ids, likeliest = self.ids(batch, depth + N_GEN), self.ids(batch)
+        position = torch.full((1,), depth, device=self.device)
         step = step or model.step
 
         def one():
-            step(ids, position, cache, dispatch)
+            step(ids, position, cache, dispatch, likeliest)
 
         one()  # compiles
         run = self.captured(one) if graph else one
@@ -210,7 +211,7 @@ class Bench:
             position.fill_(depth)
             for _ in range(N_GEN):
                 run()
-                ids.tolist()
+                likeliest.tolist()
 
         test = f"tg{N_GEN}" + (f" x {batch}" if batch > 1 else "") + (f" @ d{depth}" if depth else "")
         more = {"n_prompt": 0, "n_gen": N_GEN, "depth": depth, "sequences": batch, "dispatch": dispatch}

@@ -136,9 +136,9 @@ class Fast(nn.Module):
             x = block(x, keys[i], values[i], position, mask, dispatch)
         return self.out_head(self.final_norm(x[:, -1]))
 
-    def step(self, ids, position, cache, dispatch):
-        """Decodes a token of each sequence: ids [B, 1] becomes the likeliest next, position [1] one more."""
-        logits = self(ids, position, cache, dispatch)
-        ids.copy_(logits.argmax(-1, keepdim=True))
+    def step(self, ids, position, cache, dispatch, likeliest):
+        """Decodes a token of each sequence: of ids [B, n] those at position [1], which becomes one more. Their likeliest successors go
+        to likeliest [B]."""
+        logits = self(ids.index_select(1, position), position, cache, dispatch)
+        likeliest.copy_(logits.argmax(-1))
         position.add_(1)
-        return logits

@@ -1,10 +1,8 @@
 // A libcuda.so: the driver API as far as PARAM uses it, on the host's memory and the engine. Work in a stream is done when it is asked
 // for. PARAM_EMULATED_CUDA, or param_emulation_configure, says which failures to play (src/lib.rs lists them).
-#include "launch.h"
+#include "device.h"
 #include <algorithm>
 #include <ctype.h>
-#include <map>
-#include <mutex>
 #include <pthread.h>
 #include <set>
 #include <stdio.h>
@@ -16,86 +14,9 @@
 
 using namespace emulation;
 
-typedef int CUresult;
-typedef int CUdevice;
-typedef u64 CUdeviceptr;
-enum {
-    SUCCESS = 0,
-    INVALID_VALUE = 1,
-    OUT_OF_MEMORY = 2,
-    NOT_INITIALIZED = 3,
-    NO_DEVICE = 100,
-    INVALID_DEVICE = 101,
-    INVALID_IMAGE = 200,
-    INVALID_CONTEXT = 201,
-    NO_BINARY_FOR_GPU = 209,
-    INVALID_PTX = 218,
-    UNSUPPORTED_PTX_VERSION = 222,
-    INVALID_HANDLE = 400,
-    NOT_FOUND = 500,
-    LAUNCH_OUT_OF_RESOURCES = 701,
-    COOPERATIVE_LAUNCH_TOO_LARGE = 720,
-    NOT_SUPPORTED = 801,
-    CAPTURE_UNSUPPORTED = 900,
-    CAPTURE_INVALIDATED = 901,
-    CAPTURE_UNMATCHED = 903,
-    UNKNOWN = 999,
-};
-
 namespace {
 const int N_MULTIPROCESSOR = 4, MAX_SHARED = 227 << 10, DEFAULT_SHARED = 48 << 10;
 
-struct Settings {
-    bool no_device = false, no_device_error = false;
-    int version = 12000, capability = 90;
-    u64 memory = 8ull << 30;
-    std::map<std::string, long> fail; // from which call on
-    Schedule schedule = {ASCENDING, 0};
-};
-bool parse_schedule(const std::string& s, Schedule* out) {
-    if (s == "ascending" || s == "round-robin") *out = {ASCENDING, 0};
-    else if (s == "reversed") *out = {REVERSED, 0};
-    else if (s.compare(0, 5, "seed:") == 0) *out = {RANDOM, strtoull(s.c_str() + 5, nullptr, 10)};
-    else return false;
-    return true;
-}
-bool parse(const char* text, Settings* out) {
-    std::string s = text;
-    for (size_t at = 0; at < s.size();) {
-        size_t end = s.find(',', at);
-        if (end == std::string::npos) end = s.size();
-        std::string item = s.substr(at, end - at), value;
-        at = end + 1;
-        size_t equals = item.find('=');
-        if (equals != std::string::npos) value = item.substr(equals + 1), item.resize(equals);
-        if (item == "no-device") out->no_device = true;
-        else if (item == "no-device-error") out->no_device_error = true;
-        else if (item == "version") out->version = atoi(value.c_str());
-        else if (item == "capability") out->capability = atoi(value.c_str());
-        else if (item == "memory") out->memory = strtoull(value.c_str(), nullptr, 10);
-        else if (item == "fail") {
-            size_t colon = value.find(':');
-            long from = colon == std::string::npos ? 1 : atol(value.c_str() + colon + 1);
-            out->fail[value.substr(0, colon)] = from;
-        } else if (item == "schedule") {
-            if (!parse_schedule(value, &out->schedule)) return false;
-        } else if (!item.empty()) return false;
-    }
-    return true;
-}
-Settings from_environment() {
-    Settings s;
-    const char* text = getenv("PARAM_EMULATED_CUDA");
-    if (text && !parse(text, &s)) {
-        fprintf(stderr, "param-cuda-emulation: PARAM_EMULATED_CUDA says %s, which is not understood\n", text);
-        abort();
-    }
-    return s;
-}
-
-std::recursive_mutex lock;
-typedef std::lock_guard<std::recursive_mutex> Guard;
-Settings settings = from_environment();
 bool initialized;
 int n_retained;
 struct Thread {
@@ -111,89 +32,12 @@ Thread& thread() {
     return *t;
 }
 
-bool fails(const char* call) {
-    Guard guard(lock);
-    auto found = settings.fail.find(call);
-    return found != settings.fail.end() && (found->second <= 1 || found->second-- <= 1);
-}
 #define CALL(name)                                                                                                     \
     if (fails(#name)) return UNKNOWN;                                                                                  \
     if (!initialized) return NOT_INITIALIZED
 #define IN_CONTEXT(name)                                                                                               \
     CALL(name);                                                                                                        \
     if (!thread().has_context) return INVALID_CONTEXT
-
-// ---- Memory ----
-
-#if defined(__SANITIZE_ADDRESS__)
-#define ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define ASAN 1
-#endif
-#endif
-#ifdef ASAN
-const size_t GUARD_BYTES = 0; // it has its own
-#else
-const size_t GUARD_BYTES = 256;
-#endif
-struct Memory {
-    u8* base; // of the guards
-    size_t n;
-    bool host;
-};
-std::map<CUdeviceptr, Memory> memories; // by address
-u64 used;
-
-CUresult allocate(void** out, size_t n, bool host) {
-    if (!out || !n) return INVALID_VALUE;
-    Guard guard(lock);
-    if (!host && (n > settings.memory || used > settings.memory - n)) return OUT_OF_MEMORY;
-    void* p = nullptr;
-    if (posix_memalign(&p, 256, n + 2 * GUARD_BYTES)) return OUT_OF_MEMORY;
-    u8* base = (u8*)p;
-    memset(base, 0xFB, GUARD_BYTES);
-    memset(base + GUARD_BYTES, 0xFF, n); // NaN in every float format
-    memset(base + GUARD_BYTES + n, 0xFB, GUARD_BYTES);
-    memories[(CUdeviceptr)(base + GUARD_BYTES)] = Memory{base, n, host};
-    if (!host) used += n;
-    *out = base + GUARD_BYTES;
-    return SUCCESS;
-}
-void check_guards(const Memory& m) {
-    for (size_t i = 0; i < GUARD_BYTES; i++)
-        for (size_t at : {i, GUARD_BYTES + m.n + i})
-            if (m.base[at] != 0xFB) {
-                fprintf(stderr, "param-cuda-emulation: something wrote %s an allocation of %zu bytes, at byte %zd\n",
-                        at < GUARD_BYTES ? "before" : "beyond", m.n, (ssize_t)at - (ssize_t)GUARD_BYTES);
-                abort();
-            }
-}
-CUresult release(CUdeviceptr p, bool host) {
-    Guard guard(lock);
-    auto found = memories.find(p);
-    if (found == memories.end() || found->second.host != host) return INVALID_VALUE;
-    check_guards(found->second);
-    if (!host) used -= found->second.n;
-    free(found->second.base);
-    memories.erase(found);
-    return SUCCESS;
-}
-// The allocation in which `n` bytes from `p` lie; `p` may be its end where `n` is 0.
-const Memory* find(CUdeviceptr p, size_t n) {
-    auto after = memories.upper_bound(p);
-    if (after == memories.begin()) return nullptr;
-    --after;
-    u64 offset = p - after->first;
-    return offset <= after->second.n && n <= after->second.n - offset ? &after->second : nullptr;
-}
-bool on_device(CUdeviceptr p, size_t n) {
-    Guard guard(lock);
-    const Memory* m = find(p, n);
-    return m && (!m->host || n == 0);
-}
-
-// ---- Streams, events, modules, graphs ----
 
 struct Work {
     enum { LAUNCH, COPY, FILL } kind;

@@ -2,19 +2,16 @@
 #include "launch.h"
 #include <mutex>
 #include <pthread.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define ASAN 1
-#endif
-#endif
 #ifdef ASAN
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -102,6 +99,7 @@ static std::vector<Stack*> pool; // of threads that have ended
 
 static Stack* new_stack() {
     static u32 n_made;
+    u32 n;
     {
         std::lock_guard<std::mutex> guard(pool_lock);
         if (!pool.empty()) {
@@ -109,7 +107,7 @@ static Stack* new_stack() {
             pool.pop_back();
             return s;
         }
-        n_made++;
+        n = n_made++;
     }
     void* p = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) {
@@ -120,7 +118,7 @@ static Stack* new_stack() {
     Stack* s = new Stack();
     s->low = (char*)p + 4096;
     // Tops that differ in the low bits of their address: else all would lie in the same few lines of the cache.
-    s->size = STACK_BYTES - 4096 - (n_made * 7 % 32) * 128;
+    s->size = STACK_BYTES - 4096 - (n * 7 % 32) * 128;
     return s;
 }
 
@@ -189,6 +187,9 @@ struct Engine {
     u32 n_fiber, n_warp, n_block, n_live, warps_per_block;
     u32 at_warp, at_lane; // where the schedule is
     u64 random, n_progress, seen_progress, n_idle, epoch = 0;
+    u64 n_switch = 0, seen_switch = 0;
+    timer_t timer;
+    bool has_timer = false;
     int code;
     std::string text;
 
@@ -203,7 +204,9 @@ struct Engine {
     [[noreturn]] void to_host();
     [[noreturn]] void stuck();
     void run_blocks(const u32* order, u32 n);
+    Engine();
     ~Engine() {
+        if (has_timer) timer_delete(timer);
         std::lock_guard<std::mutex> guard(pool_lock);
         pool.insert(pool.end(), stacks.begin(), stacks.end());
         for (Block& b : blocks) {
@@ -334,6 +337,7 @@ void Engine::stuck() {
 
 void Engine::resume(Context* from, void** fake, Fiber* next) {
     current = next;
+    n_switch++;
     if (!next->stack) {
         if (stacks.empty()) stacks.push_back(new_stack());
         Stack* s = next->stack = stacks.back();
@@ -418,6 +422,7 @@ void run_fibers() {
             s->copies.clear();
             s->n_group = 0;
             current = next;
+            current->engine->n_switch++;
             continue;
         }
         current->engine->stacks.push_back(s); // nobody takes it before it is left
@@ -439,6 +444,66 @@ void fault(int code, const char* f, ...) {
     current->engine->text = print("kernel %s: ", current->engine->task.kernel->name) + s;
     std::string().swap(s); // this stack is never unwound
     current->engine->to_host();
+}
+
+// ---- What the machine reports ----
+
+// A kernel that touches memory where there is none, or runs for ever, ends its launch and not the process. Anything else goes to whoever
+// handled the signal before.
+static struct sigaction handled_before[65];
+static const int TICK = SIGRTMIN + 3;
+static const int SECONDS = 6; // of the processor's time, for one thread between two waits
+
+static void on_signal(int number, siginfo_t* info, void* context) {
+    Fiber* f = current;
+    if (f && number == TICK) {
+        Engine* e = f->engine;
+        if (e->n_switch == e->seen_switch)
+            fault(ERROR_TIMEOUT, "thread %s of block %s goes on for ever: a loop that waits must say pause(), or read by load_acquire",
+                  name(f->thread).c_str(), name(*f->block_index).c_str());
+        e->seen_switch = e->n_switch;
+        return;
+    }
+    if (f && number == SIGFPE)
+        fault(ERROR_LAUNCH_FAILED, "thread %s of block %s divides an integer by zero", name(f->thread).c_str(), name(*f->block_index).c_str());
+    if (f && number == SIGSEGV && info->si_code == SI_KERNEL)
+        fault(ERROR_MISALIGNED, "thread %s of block %s uses a vector at an address that is no multiple of its size, or a wild pointer",
+              name(f->thread).c_str(), name(*f->block_index).c_str());
+    if (f && number == SIGSEGV)
+        fault(ERROR_ILLEGAL_ADDRESS, "thread %s of block %s touches address %p, where nothing is", name(f->thread).c_str(),
+              name(*f->block_index).c_str(), info->si_addr);
+    struct sigaction& before = handled_before[number];
+    if (before.sa_flags & SA_SIGINFO) before.sa_sigaction(number, info, context);
+    else if (before.sa_handler == SIG_DFL && number != TICK) signal(number, SIG_DFL);
+    else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) before.sa_handler(number);
+}
+
+Engine::Engine() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        for (int number : {SIGSEGV, SIGFPE, TICK}) {
+#ifdef ASAN
+            if (number == SIGSEGV) continue; // its report says more
+#endif
+            struct sigaction action;
+            memset(&action, 0, sizeof action);
+            action.sa_sigaction = on_signal;
+            // The stack of signals, as a fiber's may be what is full; it is left for good.
+            action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER | SA_RESTART;
+            sigaction(number, &action, &handled_before[number]);
+        }
+    });
+    sigevent event;
+    memset(&event, 0, sizeof event);
+    event.sigev_notify = SIGEV_THREAD_ID;
+    event.sigev_signo = TICK;
+#ifndef sigev_notify_thread_id
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
+    event.sigev_notify_thread_id = (pid_t)syscall(SYS_gettid);
+    has_timer = !timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer);
+    itimerspec every = {{SECONDS / 2, 0}, {SECONDS / 2, 0}};
+    if (has_timer) timer_settime(timer, 0, &every, nullptr);
 }
 
 void Engine::run_blocks(const u32* order, u32 n) {
@@ -678,90 +743,6 @@ void copy_async_wait(u32 n_pending) {
     }
     s->copies.erase(s->copies.begin(), s->copies.begin() + (long)n);
 }
-
-float from_f16(u16 h) {
-    u32 u = (u32)(h & 0x7fff) << 13;
-    float x;
-    memcpy(&x, &u, 4);
-    x *= 5.192296858534828e33f; // 2^112: the difference of the exponents' biases; subnormal numbers come out right
-    memcpy(&u, &x, 4);
-    if ((h & 0x7c00) == 0x7c00) u |= 0x7f800000u;
-    u |= (u32)(h & 0x8000) << 16;
-    memcpy(&x, &u, 4);
-    return x;
-}
-u16 round_f16(double x) {
-    u64 b;
-    memcpy(&b, &x, 8);
-    u16 sign = (u16)(b >> 48 & 0x8000);
-    b &= ~(1ull << 63);
-    double a;
-    memcpy(&a, &b, 8);
-    if (a != a) return 0x7fff;
-    if (a >= 65520.0) return sign | 0x7c00;
-    if (a < 6.103515625e-05) return sign | (u16)((a * 16777216.0 + 4503599627370496.0) - 4503599627370496.0);
-    b += (1ull << 41) - 1 + (b >> 42 & 1);
-    return sign | (u16)(((b >> 52) - 1008) << 10 | (b >> 42 & 1023));
-}
-// One rounding of a sum that f64 may not hold: to odd first, then to f16.
-static u16 fma_f16(u16 a, u16 b, u16 c) {
-    double p = (double)from_f16(a) * from_f16(b), z = from_f16(c);
-    double s = p + z, t = s - p, e = (p - (s - t)) + (z - t);
-    if (e != 0 && s - s == 0) {
-        u64 u;
-        memcpy(&u, &s, 8);
-        if (!(u & 1)) u += (e > 0) == (s > 0) ? 1 : -1ull;
-        memcpy(&s, &u, 8);
-    }
-    return round_f16(s);
-}
-u32 fma_f16x2(u32 a, u32 b, u32 c) {
-    return fma_f16((u16)a, (u16)b, (u16)c) | (u32)fma_f16((u16)(a >> 16), (u16)(b >> 16), (u16)(c >> 16)) << 16;
-}
-
-static void load_matrices(void* const* lanes, bool transposed) {
-    u16 m[4][8][8];
-    for (int i = 0; i < 32; i++) {
-        const void* row = ((const MatrixRows*)lanes[i])->row;
-        check_shared(row, 16, "load_matrix4");
-        memcpy(m[i / 8][i % 8], row, 16);
-    }
-    for (int i = 0; i < 32; i++)
-        for (int k = 0; k < 4; k++) {
-            int r = i / 4, c = 2 * (i % 4);
-            u32 low = transposed ? m[k][c][r] : m[k][r][c], high = transposed ? m[k][c + 1][r] : m[k][r][c + 1];
-            ((const MatrixRows*)lanes[i])->r[k] = low | high << 16;
-        }
-}
-void load_matrix4(void* const* lanes) { load_matrices(lanes, false); }
-void load_matrix4_transposed(void* const* lanes) { load_matrices(lanes, true); }
-
-template <float (*from)(u16)> static void multiply(void* const* lanes) {
-    float a[16][16], b[16][8], d[16][8];
-    for (int i = 0; i < 32; i++) {
-        const Product* p = (const Product*)lanes[i];
-        int g = i / 4, t = 2 * (i % 4);
-        for (int k = 0; k < 4; k++) {
-            a[g + k % 2 * 8][t + k / 2 * 8] = from((u16)p->a[k]);
-            a[g + k % 2 * 8][t + k / 2 * 8 + 1] = from((u16)(p->a[k] >> 16));
-            d[g + k / 2 * 8][t + k % 2] = p->d[k];
-        }
-        for (int k = 0; k < 2; k++) b[t + k * 8][g] = from((u16)p->b[k]), b[t + k * 8 + 1][g] = from((u16)(p->b[k] >> 16));
-    }
-    for (int r = 0; r < 16; r++)
-        for (int k = 0; k < 16; k++)
-            for (int c = 0; c < 8; c++) d[r][c] += a[r][k] * b[k][c];
-    for (int i = 0; i < 32; i++)
-        for (int k = 0; k < 4; k++) ((const Product*)lanes[i])->d[k] = d[i / 4 + k / 2 * 8][2 * (i % 4) + k % 2];
-}
-static float from_bf16(u16 h) {
-    u32 u = (u32)h << 16;
-    float x;
-    memcpy(&x, &u, 4);
-    return x;
-}
-void multiply_f16(void* const* lanes) { multiply<from_f16>(lanes); }
-void multiply_bf16(void* const* lanes) { multiply<from_bf16>(lanes); }
 
 static const Kernel* kernels;
 void enter(Kernel* kernel) {

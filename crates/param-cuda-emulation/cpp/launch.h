@@ -2,6 +2,14 @@
 #pragma once
 #include "engine.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#define ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define ASAN 1
+#endif
+#endif
+
 namespace emulation {
 enum Order { ASCENDING, REVERSED, RANDOM };
 struct Schedule {

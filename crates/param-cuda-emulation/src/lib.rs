@@ -16,8 +16,10 @@ mod source;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW, Symbol};
 use std::ffi::{CStr, CString, c_char, c_int};
+use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// The library, by its full path.
 pub const LIBRARY: &str = concat!(env!("PARAM_EMULATION_OUT"), "/libcuda.so");
@@ -146,43 +148,83 @@ pub fn build_variant(kernel_file: impl AsRef<Path>, edit: impl Fn(&str) -> Strin
 }
 
 fn try_variant(asked: &Path, edit: &dyn Fn(&str) -> String, sanitize: bool) -> Result<PathBuf, String> {
-    static N: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    let n = N.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (cpp, kernels) = (root.join("cpp"), root.with_file_name("param-cuda").join("kernels"));
-    let folder = Path::new(OUT).join(format!("variant-{}-{n}", std::process::id()));
-    std::fs::create_dir_all(&folder).map_err(|e| e.to_string())?;
     let own = kernels.join(asked);
     let (file, ours) =
         if asked.components().count() == 1 && own.exists() { (own, true) } else { (asked.to_owned(), false) };
-    let text = std::fs::read_to_string(&file).map_err(|e| e.to_string())?;
+    let text = read(&file)?;
     let edited = edit(&text);
     if ours && edited == text && !sanitize {
         return Err("the edit changed nothing".into());
     }
-    let cxx = cxx();
-    let mut objects = Vec::new();
-    for name in ["engine", "driver"] {
-        let object = folder.join(name).with_extension("o");
-        if sanitize {
-            source::compile(&cxx, &cpp.join(name).with_extension("cpp"), &object, true)?;
-            objects.push(object);
-        } else {
-            objects.push(Path::new(OUT).join(name).with_extension("o"));
-        }
+    // What it is made of names its folder, so that it is made once.
+    let mut hasher = std::hash::DefaultHasher::new();
+    (sanitize, &file, &edited).hash(&mut hasher);
+    let mut sources = files(&cpp)?;
+    sources.extend(files(&kernels)?);
+    for source in &sources {
+        read(source)?.hash(&mut hasher);
     }
-    let object = folder.join("variant.o");
-    source::compile_kernels(&cxx, &cpp, &kernels, &file, &edited, &object, sanitize)?;
-    objects.push(object);
-    if ours && !sanitize {
-        let others = std::fs::read_dir(&kernels).map_err(|e| e.to_string())?.flatten().map(|e| e.path());
-        for other in others.filter(|f| f.extension().is_some_and(|e| e == "cu") && f.file_name() != file.file_name()) {
-            objects.push(Path::new(OUT).join(other.file_name().unwrap_or_default()).with_extension("o"));
-        }
-    }
+    include_str!("source.rs").hash(&mut hasher);
+    let folder = Path::new(OUT).join(format!("variant-{:016x}", hasher.finish()));
     let library = folder.join("libcuda.so");
-    source::link(&cxx, &objects, &library, sanitize)?;
-    Ok(library)
+    if library.exists() {
+        return Ok(library);
+    }
+    static N: AtomicU32 = AtomicU32::new(0);
+    let n = N.fetch_add(1, Ordering::Relaxed);
+    let new = Path::new(OUT).join(format!("new-{}-{n}", std::process::id()));
+    std::fs::create_dir_all(&new).map_err(|e| e.to_string())?;
+    let made = make_variant(&cpp, &kernels, &file, &edited, ours, sanitize, &new);
+    // Another process may have been faster.
+    let moved = made.is_ok() && std::fs::rename(&new, &folder).is_ok();
+    if !moved {
+        let _ = std::fs::remove_dir_all(&new);
+    }
+    made.map(|()| library)
+}
+
+fn make_variant(
+    cpp: &Path,
+    kernels: &Path,
+    file: &Path,
+    text: &str,
+    ours: bool,
+    sanitize: bool,
+    folder: &Path,
+) -> Result<(), String> {
+    let cxx = cxx();
+    let mut objects = vec![folder.join("variant.o")];
+    source::compile_kernels(&cxx, cpp, kernels, file, text, &objects[0], sanitize)?;
+    for stem in source::ENGINE {
+        let object = match sanitize {
+            true => folder.join(stem).with_extension("o"),
+            false => Path::new(OUT).join("emulation").join(stem).with_extension("o"),
+        };
+        if sanitize {
+            source::compile(&cxx, &cpp.join(stem).with_extension("cpp"), &object, true)?;
+        }
+        objects.push(object);
+    }
+    if ours && !sanitize {
+        let others = files(kernels)?.into_iter().filter(|f| f.extension().is_some_and(|e| e == "cu") && f != file);
+        objects.extend(
+            others.filter_map(|f| Some(Path::new(OUT).join("kernels").join(f.file_stem()?).with_extension("o"))),
+        );
+    }
+    source::link(&cxx, &objects, &folder.join("libcuda.so"), sanitize)
+}
+
+fn read(file: &Path) -> Result<String, String> {
+    std::fs::read_to_string(file).map_err(|e| format!("{}: {e}", file.display()))
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>, String> {
+    let entries = std::fs::read_dir(folder).map_err(|e| format!("{}: {e}", folder.display()))?;
+    let mut files: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
+    files.sort();
+    Ok(files)
 }
 
 /// The run-time library of AddressSanitizer, which a process must have in `LD_PRELOAD` to load a variant built for it; `None` if the

@@ -6,6 +6,9 @@ use std::process::Command;
 /// How the compiler is called: the program and its first arguments.
 pub type Compiler = Vec<String>;
 
+/// The emulation's own files.
+pub const ENGINE: [&str; 4] = ["engine", "numbers", "device", "driver"];
+
 const FLAGS: &[&str] = &[
     "-std=c++17",
     "-O2",
@@ -16,6 +19,7 @@ const FLAGS: &[&str] = &[
     "-fno-exceptions",
     "-Wall",
     "-Wno-unknown-pragmas",
+    "-Wno-parentheses", // NVIDIA's compilers do not ask for them
 ];
 
 fn run(command: &mut Command) -> Result<(Vec<u8>, String), String> {

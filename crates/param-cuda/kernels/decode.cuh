@@ -139,9 +139,10 @@ DEVICE Share share_of(const Matrix& m, u32 n_active, u32 n_block) {
     return s;
 }
 
-// Splits into halves; the scaled low one stays clear of the smallest f16.
+// Splits into halves; the scaled low one stays clear of the smallest f16. What f16 cannot hold becomes NaN, which the next LayerNorm
+// reports.
 DEVICE void split_halves(float x, u16& high, u16& low) {
-    high = to_f16(x);
+    high = fabsf(x) <= 65504.0f ? to_f16(x) : 0x7fff;
     low = to_f16((x - from_f16(high)) * LOW_SCALE);
 }
 

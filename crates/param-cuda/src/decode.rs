@@ -15,7 +15,7 @@ use crate::caches::{CacheTable, Caches};
 use crate::device_model::DeviceModel;
 use crate::error::{Error, Result};
 use crate::kernel::{Arg, Grid, Kernel, Module};
-use crate::memory::Buffer;
+use crate::memory::{Buffer, Pinned};
 use crate::model::{Block, Model};
 use crate::stream::{Graph, Stream};
 
@@ -38,7 +38,7 @@ const RED_BYTES: usize = 16896;
 const SMALL_BYTES: usize = 10240;
 const ROUTING_WORDS: usize = 1 + MAX_EXPERT * (1 + MAX_SEQUENCE);
 
-/// A LayerNorm had an input that was not finite.
+/// A LayerNorm had an input that was not finite, or an activation was beyond f16.
 pub const NOT_FINITE: u32 = 1;
 /// The position was beyond the cache.
 pub const NO_ROOM: u32 = 2;
@@ -153,12 +153,13 @@ pub struct Decoder {
     tokens: Buffer<u32>,
     positions: Buffer<u32>,
     slots: Buffer<u32>,
-    flags: Buffer<u32>,
-    history: Buffer<u32>,
+    // The host looks at these, and writes random numbers, while steps run.
+    flags: Pinned<u32>,
+    history: Pinned<u32>,
     logits: Buffer<f32>,
     sampling: Buffer<DeviceSampling>,
     penalties: Buffer<[u32; 2]>,
-    uniforms: Buffer<f64>,
+    uniforms: Pinned<f64>,
     // Only kernels look at these.
     _words: [Buffer<u32>; 3],
     _floats: [Buffer<f32>; 6],
@@ -216,9 +217,9 @@ impl Decoder {
         let floats = |n| gpu.alloc::<f32>(WHAT, n);
         let n_active = n_expert.max(1);
         let padded = n_ff.next_multiple_of(32);
-        let (tokens, positions, slots, flags) =
-            (words(MAX_SEQUENCE)?, words(MAX_SEQUENCE)?, words(MAX_SEQUENCE)?, words(MAX_SEQUENCE)?);
-        let history = words(HISTORY * MAX_SEQUENCE)?;
+        let (tokens, positions, slots) = (words(MAX_SEQUENCE)?, words(MAX_SEQUENCE)?, words(MAX_SEQUENCE)?);
+        let flags = gpu.pinned::<u32>(WHAT, MAX_SEQUENCE)?;
+        let history = gpu.pinned::<u32>(WHAT, HISTORY * MAX_SEQUENCE)?;
         let only_words = [words(MAX_SEQUENCE)?, words(2)?, words(ROUTING_WORDS)?];
         let only_floats = [
             floats(2 * MAX_SEQUENCE * stride)?,
@@ -233,7 +234,7 @@ impl Decoder {
         let logits = floats(MAX_SEQUENCE * n_vocab)?;
         let sampling = gpu.alloc::<DeviceSampling>(WHAT, MAX_SEQUENCE)?;
         let penalties = gpu.alloc::<[u32; 2]>(WHAT, MAX_SEQUENCE * MAX_PENALTY)?;
-        let uniforms = gpu.alloc::<f64>(WHAT, HISTORY * MAX_SEQUENCE)?;
+        let uniforms = gpu.pinned::<f64>(WHAT, HISTORY * MAX_SEQUENCE)?;
         let decode = Decode {
             model: dims,
             caches: caches.table(),
@@ -299,7 +300,8 @@ impl Decoder {
         self.slots.write(sequence, &[slot as u32])?;
         self.tokens.write(sequence, &[token])?;
         self.positions.write(sequence, &[position as u32])?;
-        self.flags.write(sequence, &[0])
+        self.flags.set(sequence, 0);
+        Ok(())
     }
 
     /// How [`Pick::Sample`] draws for a sequence. Waits for the GPU.
@@ -327,17 +329,10 @@ impl Decoder {
         self.sampling.write(sequence, &[device])
     }
 
-    /// The random numbers in [0, 1) that the next steps draw with, for a sequence. Waits for the GPU.
-    ///
-    /// # Errors
-    /// [`Error::Limit`] for more than [`HISTORY`]; [`Error::Call`].
-    pub fn set_uniforms(&mut self, sequence: usize, uniforms: &[f64]) -> Result<()> {
-        within("random numbers", uniforms.len(), HISTORY)?;
-        for (i, uniform) in uniforms.iter().enumerate() {
-            let step = (self.n_chosen[sequence] + i) % HISTORY;
-            self.uniforms.write(step * MAX_SEQUENCE + sequence, &[*uniform])?;
-        }
-        Ok(())
+    /// The random number in [0, 1) that the next step to be queued draws with, for a sequence. At most [`HISTORY`] steps whose tokens
+    /// were not waited for may be queued.
+    pub fn set_uniform(&mut self, sequence: usize, uniform: f64) {
+        self.uniforms.set(self.n_chosen[sequence] % HISTORY * MAX_SEQUENCE + sequence, uniform);
     }
 
     /// Queues `n_step` tokens each for sequences 0 to `n_sequence`.
@@ -415,27 +410,10 @@ impl Decoder {
         self.n_chosen[sequence]
     }
 
-    /// Reads the newest tokens chosen for a sequence into `out`, oldest first. Waits for the GPU.
-    ///
-    /// # Errors
-    /// [`Error::Call`], also where a kernel failed.
-    ///
-    /// # Panics
-    /// If fewer were chosen, or `out` is longer than [`HISTORY`].
-    pub fn newest(&self, sequence: usize, out: &mut [u32]) -> Result<()> {
-        assert!(out.len() <= HISTORY);
-        let first = self.n_chosen[sequence].checked_sub(out.len()).expect("as many tokens were chosen");
-        let mut history = vec![0; HISTORY * MAX_SEQUENCE];
-        self.history.read(0, &mut history)?;
-        for (i, token) in out.iter_mut().enumerate() {
-            *token = history[(first + i) % HISTORY * MAX_SEQUENCE + sequence];
-        }
-        Ok(())
-    }
-
-    /// Tokens chosen by step `n` of sequence `s` are at [n % HISTORY, s], for [`Stream::read_later`].
-    pub fn history(&self) -> &Buffer<u32> {
-        &self.history
+    /// The token that step `step` of a sequence chose, counted from 0, once an event after it has passed; forgotten after [`HISTORY`]
+    /// more.
+    pub fn chosen(&self, sequence: usize, step: usize) -> u32 {
+        self.history.get(step % HISTORY * MAX_SEQUENCE + sequence)
     }
 
     /// What the newest step left: [n_sequence, n_vocab].
@@ -443,8 +421,8 @@ impl Decoder {
         &self.logits
     }
 
-    /// [`NOT_FINITE`], [`NO_ROOM`] and [`NO_LOGITS`] of each sequence since [`Decoder::set`].
-    pub fn flags(&self) -> &Buffer<u32> {
-        &self.flags
+    /// [`NOT_FINITE`], [`NO_ROOM`] and [`NO_LOGITS`] of a sequence since [`Decoder::set`], by the steps that have passed.
+    pub fn flags(&self, sequence: usize) -> u32 {
+        self.flags.get(sequence)
     }
 }

@@ -153,6 +153,33 @@ unsafe impl<T: Send> Send for Pinned<T> {}
 // SAFETY: as above.
 unsafe impl<T: Sync> Sync for Pinned<T> {}
 
+impl<T: Pod> Pinned<T> {
+    /// Where it starts, for the GPU as well.
+    pub fn address(&self) -> u64 {
+        self.address as u64
+    }
+
+    /// Element `i`, which a kernel may be writing.
+    ///
+    /// # Panics
+    /// Beyond the end.
+    pub fn get(&self, i: usize) -> T {
+        assert!(i < self.len, "element {i} of {}", self.len);
+        // SAFETY: inside; volatile, as the GPU writes behind the compiler's back.
+        unsafe { self.address.add(i).read_volatile() }
+    }
+
+    /// Writes element `i`, which a kernel may read.
+    ///
+    /// # Panics
+    /// Beyond the end.
+    pub fn set(&mut self, i: usize, value: T) {
+        assert!(i < self.len, "element {i} of {}", self.len);
+        // SAFETY: as above.
+        unsafe { self.address.add(i).write_volatile(value) }
+    }
+}
+
 impl<T> std::ops::Deref for Pinned<T> {
     type Target = [T];
 

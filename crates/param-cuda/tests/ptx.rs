@@ -1,7 +1,7 @@
 //! Every kernel's committed PTX is what its source, the headers and the options compile to, as far as hashes can tell.
 
 #[allow(dead_code)]
-#[path = "../examples/ptx/stamp.rs"]
+#[path = "../../../tools/ptx/src/stamp.rs"]
 mod stamp;
 
 use std::fs;
@@ -28,18 +28,19 @@ fn committed_ptx_is_up_to_date() {
 }
 
 #[test]
-fn a_stamp_tells_sources_headers_and_targets_apart() {
+fn a_stamp_covers_the_kernel_and_its_headers() {
     let source = |file: &str, text: &str| Source { file: file.to_owned(), text: text.to_owned() };
-    let of = |kernel: &str, header: &str| {
-        let kernel = source("a.cu", kernel);
-        let sources = Sources { kernels: Vec::new(), headers: vec![source("b.cuh", header)] };
-        sources.stamp(&kernel)
+    let of = |kernel: &str, b: &str, c: &str, other: &str| {
+        let headers = vec![source("b.cuh", b), source("c.cuh", c), source("other.cuh", other)];
+        Sources { kernels: Vec::new(), headers }.stamp(&source("a.cu", kernel))
     };
-    let stamps = [of("x", "y"), of("xy", ""), of("", "xy"), of("// target: compute_90a\nx", "y")];
-    for (i, stamp) in stamps.iter().enumerate() {
-        assert!(!stamps[..i].contains(stamp));
-    }
-    assert_eq!(of("x", "y"), stamps[0]);
+    let (kernel, b) = ("#include \"b.cuh\"\n", "#include \"c.cuh\"\n");
+    let stamp = of(kernel, b, "", "");
+    assert_eq!(stamp, of(kernel, b, "", "x"));
+    assert_ne!(stamp, of(kernel, b, "x", ""));
+    assert_ne!(stamp, of(kernel, &format!("{b}x"), "", ""));
+    assert_ne!(stamp, of(&format!("{kernel}x"), b, "", ""));
+    assert_ne!(stamp, of(&format!("// target: compute_90a\n{kernel}"), b, "", ""));
 }
 
 #[test]

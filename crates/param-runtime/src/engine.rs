@@ -1,7 +1,7 @@
 //! What runs a batch: the CPU, or a GPU with or without the CPU's help.
 
 use crate::candidates::Best;
-use crate::cuda::GpuEngine;
+use crate::cuda::{GpuEngine, Request};
 use crate::error::{Error, Result};
 use crate::forward::{Forward, Span};
 use crate::kv_cache::{CacheType, KvCache};
@@ -23,7 +23,7 @@ pub(crate) struct Sizes {
 /// Runs tokens of several sequences, and keeps their keys and values.
 pub(crate) enum Engine {
     /// All of it on the CPU.
-    Cpu(CpuEngine),
+    Cpu(Box<CpuEngine>),
     /// As the model is placed.
     Gpu(Box<GpuEngine>),
 }
@@ -51,7 +51,7 @@ impl Engine {
             Some(gpu) => Engine::Gpu(Box::new(GpuEngine::new(model, gpu, sizes, cache_type)?)),
             None => {
                 let cache_type = cache_type.unwrap_or_else(|| model.default_cache_type());
-                Engine::Cpu(CpuEngine::new(model, sizes, cache_type)?)
+                Engine::Cpu(Box::new(CpuEngine::new(model, sizes, cache_type)?))
             }
         })
     }
@@ -65,13 +65,7 @@ impl Engine {
     }
 
     /// Runs `tokens`, cut into `spans` in order of their rows, and leaves the residual stream for [`Engine::head`].
-    pub fn run(
-        &mut self,
-        model: &Model,
-        spans: &[Span],
-        tokens: &[u32],
-        observer: Observer<'_, '_>,
-    ) -> Result<()> {
+    pub fn run(&mut self, model: &Model, spans: &[Span], tokens: &[u32], observer: Observer<'_, '_>) -> Result<()> {
         match self {
             Engine::Cpu(cpu) => cpu.forward.run(model, &mut cpu.caches, spans, tokens, observer),
             Engine::Gpu(_) if observer.is_some() => Err(Error::GpuTrace),
@@ -93,6 +87,25 @@ impl Engine {
         match self {
             Engine::Cpu(cpu) => cpu.forward.logits(),
             Engine::Gpu(gpu) => gpu.logits(),
+        }
+    }
+
+    /// Whether it chooses tokens itself, as these samplers would, when it runs what precedes them.
+    pub fn can_sample(&self, samplers: &[Sampler]) -> bool {
+        match self {
+            Engine::Cpu(_) => false,
+            Engine::Gpu(gpu) => gpu.can_sample(samplers),
+        }
+    }
+
+    /// Runs the last token of each context, of which all before are in the cache, and chooses the next.
+    ///
+    /// # Panics
+    /// Where [`Engine::can_sample`] is false.
+    pub fn run_and_sample(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<u32>> {
+        match self {
+            Engine::Cpu(_) => unreachable!("the CPU leaves logits"),
+            Engine::Gpu(gpu) => gpu.run_and_sample(requests),
         }
     }
 

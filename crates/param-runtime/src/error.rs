@@ -64,6 +64,8 @@ pub enum Error {
         "a cache of {requested:?} is not available on the GPU, which keeps this model's keys and values in {available:?}"
     )]
     GpuCacheType { requested: CacheType, available: CacheType },
+    #[error("while computing on the GPU: a hidden state is not finite: the model file is damaged")]
+    GpuNotFinite,
     #[error("hidden states can be shown on the CPU only: open the model there")]
     GpuTrace,
     #[error("sampling option {option} is {value}: expected {expected}")]

@@ -15,6 +15,18 @@ pub enum Device {
     Cuda,
 }
 
+/// How a GPU that holds the whole model runs single tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GpuDecode {
+    /// As is fastest for so many sequences.
+    #[default]
+    Auto,
+    /// A kernel for each phase, launched together as a graph.
+    Graph,
+    /// One kernel for the whole token, whose blocks wait for each other.
+    Persistent,
+}
+
 /// How a model is opened. The default runs it on the CPU.
 #[derive(Clone, Debug, Default)]
 pub struct ModelOptions {
@@ -25,6 +37,8 @@ pub struct ModelOptions {
     pub gpu_layers: Option<usize>,
     /// Leaves the experts, which are most of a model's weights, to the CPU.
     pub experts_on_cpu: bool,
+    /// How single tokens run on a GPU.
+    pub gpu_decode: GpuDecode,
 }
 
 /// What a GPU holds besides embeddings, final norm and head.

@@ -144,7 +144,29 @@ impl Sampler {
         Ok(self.draw(max))
     }
 
-    fn has_penalties(&self) -> bool {
+    /// How tokens are chosen.
+    pub(crate) fn options(&self) -> &SamplerOptions {
+        &self.options
+    }
+
+    /// The random numbers to come, of which a choice by chance takes one f64.
+    pub(crate) fn rng(&self) -> &ChaCha8Rng {
+        &self.rng
+    }
+
+    /// Goes on as if the numbers up to `rng` had been taken.
+    pub(crate) fn set_rng(&mut self, rng: ChaCha8Rng) {
+        self.rng = rng;
+    }
+
+    /// Tokens in the window of `context` and how often each occurs there, in their order.
+    pub(crate) fn window_counts(&self, context: &[u32]) -> Vec<(u32, u32)> {
+        let mut window = context[context.len().saturating_sub(self.options.penalty_window)..].to_vec();
+        window.sort_unstable();
+        window.chunk_by(|a, b| a == b).map(|run| (run[0], run.len() as u32)).collect()
+    }
+
+    pub(crate) fn has_penalties(&self) -> bool {
         let SamplerOptions { repeat_penalty, presence_penalty, frequency_penalty, .. } = self.options;
         repeat_penalty != 1.0 || presence_penalty != 0.0 || frequency_penalty != 0.0
     }
@@ -154,14 +176,12 @@ impl Sampler {
         if !self.has_penalties() {
             return;
         }
-        let SamplerOptions { penalty_window, repeat_penalty, presence_penalty, frequency_penalty, .. } = self.options;
-        let mut window = context[context.len().saturating_sub(penalty_window)..].to_vec();
-        window.sort_unstable();
-        for run in window.chunk_by(|a, b| a == b) {
-            let Ok(at) = self.candidates.binary_search_by_key(&run[0], |candidate| candidate.token) else { continue };
+        let SamplerOptions { repeat_penalty, presence_penalty, frequency_penalty, .. } = self.options;
+        for (token, count) in self.window_counts(context) {
+            let Ok(at) = self.candidates.binary_search_by_key(&token, |candidate| candidate.token) else { continue };
             let logit = &mut self.candidates[at].logit;
             *logit = if *logit > 0.0 { *logit / repeat_penalty } else { *logit * repeat_penalty };
-            *logit -= run.len() as f32 * frequency_penalty + presence_penalty;
+            *logit -= count as f32 * frequency_penalty + presence_penalty;
             *logit = logit.min(f32::MAX);
         }
     }

@@ -14,7 +14,7 @@ use crate::trace::Trace;
 pub struct SessionOptions {
     /// Tokens the context holds; `None`: as many as the model has positions.
     pub n_ctx: Option<usize>,
-    /// Tokens run at once when there are many; `None`: 512. More is faster and takes more memory.
+    /// Tokens run at once when there are many; `None`: 512, on a GPU 4096. More is faster and takes more memory.
     pub n_batch: Option<usize>,
     /// Threads, the calling one included; `None`, or more than there are CPUs for this process: one for each. Never changes a
     /// result.

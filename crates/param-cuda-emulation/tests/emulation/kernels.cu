@@ -167,6 +167,14 @@ KERNEL void shuffles(u32* out, int n) {
     for (int i = 0; i < n; i++) v = 0.5f * __shfl_xor_sync(FULL, v, 1 << i % 5);
     out[blockIdx.x * blockDim.x + threadIdx.x] = __float_as_uint(v);
 }
+KERNEL void endless(const u32* flag) {
+    while (*(const volatile u32*)flag == 0) {}
+}
+KERNEL void wild(u32* out, u32 n) {
+    if (threadIdx.x == 5 && n == 0) out = (u32*)64;
+    if (threadIdx.x == 5 && n == 1) *(float4*)(out + 1) = make_float4(1, 2, 3, 4);
+    out[threadIdx.x] = n == 2 ? 7 / (n - 2) : n;
+}
 KERNEL void nothing() {}
 KERNEL void overrun_device(const float* x, float* out, int n) {
     int i = (int)threadIdx.x;

@@ -200,7 +200,7 @@ fn warps_and_words() {
             assert_eq!(g[7], if lane < 16 { 0xaaaa } else { 0xcccc0000 });
             let ffs = if lane == 0 { 0 } else { lane.trailing_zeros() + 1 };
             assert_eq!(g[8], lane.count_ones() + lane.leading_zeros() * 100 + ffs * 10000);
-            assert_eq!(g[9], lane * 77 & 0xf0f | 0x6400);
+            assert_eq!(g[9], ((lane * 77) & 0xf0f) | 0x6400);
             let fma = |e: usize| {
                 let (b, c) = [(2.5, 1.0), (1.5, -0.5)][e];
                 h(halves[i + e]).to_f64() * b + c

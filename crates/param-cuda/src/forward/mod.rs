@@ -181,6 +181,21 @@ impl Forward {
         Ok(())
     }
 
+    /// Of which of the rows the next [`Forward::head`] gives logits. Waits for what the GPU was given before.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`].
+    ///
+    /// # Panics
+    /// As [`Forward::set_rows`].
+    pub fn set_logits(&mut self, rows: &[u32]) -> Result<()> {
+        assert!(rows.len() <= self.n_logits_max, "logits of {} rows", rows.len());
+        assert!(rows.iter().all(|&row| row < self.n_row), "logits of rows that are not there");
+        self.rows.write(3 * self.n_row_max, rows)?;
+        self.n_logits = rows.len() as u32;
+        Ok(())
+    }
+
     /// The residual stream, [n_row_max, stride]: complete between [`Forward::embed`], [`Forward::attention_part`],
     /// [`Forward::ffn_part`] and [`Forward::block`], each of which begins with what it holds.
     pub fn x(&mut self) -> &mut Buffer<f32> {

@@ -1,6 +1,11 @@
 //! A model on a GPU: what is placed there, its weights on their way, and the passes that run it.
 
+mod ahead;
+mod engine;
 mod weights;
+
+pub(crate) use ahead::Request;
+pub(crate) use engine::GpuEngine;
 
 use std::sync::Arc;
 
@@ -10,7 +15,7 @@ use param_model::{Activation, Config};
 use crate::error::{Error, Result};
 use crate::kv_cache::CacheType;
 use crate::model::Model;
-use crate::placement::{ModelOptions, Placement};
+use crate::placement::{GpuDecode, ModelOptions, Placement};
 
 /// Kept free for kernels' code, buffers of a batch and what else the driver takes, besides one sequence's cache.
 const RESERVE: usize = 256 << 20;
@@ -20,6 +25,7 @@ const RESERVE: usize = 256 << 20;
 pub(crate) struct GpuModel {
     pub placement: Placement,
     pub device: Arc<DeviceModel>,
+    pub decode: GpuDecode,
     /// Bytes of weights there.
     n_bytes: u64,
 }
@@ -40,7 +46,7 @@ impl GpuModel {
         })?;
         let n_bytes = placement.bytes(&model.gguf, config);
         let device = Arc::new(weights::upload(&gpu, model, &dims, placement)?);
-        Ok(GpuModel { placement, device, n_bytes })
+        Ok(GpuModel { placement, device, decode: options.gpu_decode, n_bytes })
     }
 
     /// The GPU it is on.

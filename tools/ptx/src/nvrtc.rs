@@ -18,7 +18,7 @@ impl Drop for Program {
     }
 }
 
-/// Compiles a file of kernels. It sees our headers and no others.
+/// Compiles a file of kernels. It sees the headers it includes, which its stamp covers, and no others.
 pub fn compile(sources: &Sources, kernel: &Source, options: &[String]) -> Result<Program> {
     // SAFETY: the library that is found is the pinned one, or the next check says that it is another.
     ensure!(unsafe { sys::is_culib_present() }, "no libnvrtc: run this through tools/ptx.sh");
@@ -29,8 +29,9 @@ pub fn compile(sources: &Sources, kernel: &Source, options: &[String]) -> Result
 
     let c = |text: &str| CString::new(text).context("a source holds a zero byte");
     let (text, file) = (c(&kernel.text)?, c(&kernel.file)?);
-    let texts = sources.headers.iter().map(|h| c(&h.text)).collect::<Result<Vec<_>>>()?;
-    let files = sources.headers.iter().map(|h| c(&h.file)).collect::<Result<Vec<_>>>()?;
+    let headers = sources.headers_of(kernel);
+    let texts = headers.iter().map(|h| c(&h.text)).collect::<Result<Vec<_>>>()?;
+    let files = headers.iter().map(|h| c(&h.file)).collect::<Result<Vec<_>>>()?;
     let pointers = |of: &[CString]| of.iter().map(|c| c.as_ptr()).collect::<Vec<*const c_char>>();
     let (texts_at, files_at) = (pointers(&texts), pointers(&files));
     let mut program = ptr::null_mut();

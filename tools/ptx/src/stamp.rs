@@ -41,6 +41,21 @@ impl Sources {
         Ok(sources)
     }
 
+    /// The headers that a kernel includes, and those that they include, in the order of their names.
+    pub fn headers_of(&self, kernel: &Source) -> Vec<&Source> {
+        let mut found = vec![false; self.headers.len()];
+        let mut open = vec![kernel];
+        while let Some(source) = open.pop() {
+            for (i, header) in self.headers.iter().enumerate() {
+                if !found[i] && source.text.contains(&format!("#include \"{}\"", header.file)) {
+                    found[i] = true;
+                    open.push(header);
+                }
+            }
+        }
+        self.headers.iter().zip(found).filter_map(|(header, found)| found.then_some(header)).collect()
+    }
+
     /// The first line of the PTX made from `kernel`.
     pub fn stamp(&self, kernel: &Source) -> String {
         let mut hash = Sha256::new();
@@ -48,7 +63,7 @@ impl Sources {
             hash.update((text.len() as u64).to_le_bytes());
             hash.update(text);
         };
-        for source in std::iter::once(kernel).chain(&self.headers) {
+        for source in std::iter::once(kernel).chain(self.headers_of(kernel)) {
             add(&source.file);
             add(&source.text);
         }

@@ -1,0 +1,88 @@
+// Numbers of 16 bits, and what a warp does with matrices of them.
+#include "engine.h"
+
+namespace emulation {
+float from_f16(u16 h) {
+    u32 u = (u32)(h & 0x7fff) << 13;
+    float x;
+    memcpy(&x, &u, 4);
+    x *= 5.192296858534828e33f; // 2^112: the difference of the exponents' biases; subnormal numbers come out right
+    memcpy(&u, &x, 4);
+    if ((h & 0x7c00) == 0x7c00) u |= 0x7f800000u;
+    u |= (u32)(h & 0x8000) << 16;
+    memcpy(&x, &u, 4);
+    return x;
+}
+u16 round_f16(double x) {
+    u64 b;
+    memcpy(&b, &x, 8);
+    u16 sign = (u16)(b >> 48 & 0x8000);
+    b &= ~(1ull << 63);
+    double a;
+    memcpy(&a, &b, 8);
+    if (a != a) return 0x7fff;
+    if (a >= 65520.0) return sign | 0x7c00;
+    if (a < 6.103515625e-05) return sign | (u16)((a * 16777216.0 + 4503599627370496.0) - 4503599627370496.0);
+    b += (1ull << 41) - 1 + (b >> 42 & 1);
+    return sign | (u16)(((b >> 52) - 1008) << 10 | (b >> 42 & 1023));
+}
+// One rounding of a sum that f64 may not hold: to odd first, then to f16.
+static u16 fma_f16(u16 a, u16 b, u16 c) {
+    double p = (double)from_f16(a) * from_f16(b), z = from_f16(c);
+    double s = p + z, t = s - p, e = (p - (s - t)) + (z - t);
+    if (e != 0 && s - s == 0) {
+        u64 u;
+        memcpy(&u, &s, 8);
+        if (!(u & 1)) u += (e > 0) == (s > 0) ? 1 : -1ull;
+        memcpy(&s, &u, 8);
+    }
+    return round_f16(s);
+}
+u32 fma_f16x2(u32 a, u32 b, u32 c) {
+    return fma_f16((u16)a, (u16)b, (u16)c) | (u32)fma_f16((u16)(a >> 16), (u16)(b >> 16), (u16)(c >> 16)) << 16;
+}
+
+static void load_matrices(void* const* lanes, bool transposed) {
+    u16 m[4][8][8];
+    for (int i = 0; i < 32; i++) {
+        const void* row = ((const MatrixRows*)lanes[i])->row;
+        check_shared(row, 16, "load_matrix4");
+        memcpy(m[i / 8][i % 8], row, 16);
+    }
+    for (int i = 0; i < 32; i++)
+        for (int k = 0; k < 4; k++) {
+            int r = i / 4, c = 2 * (i % 4);
+            u32 low = transposed ? m[k][c][r] : m[k][r][c], high = transposed ? m[k][c + 1][r] : m[k][r][c + 1];
+            ((const MatrixRows*)lanes[i])->r[k] = low | high << 16;
+        }
+}
+void load_matrix4(void* const* lanes) { load_matrices(lanes, false); }
+void load_matrix4_transposed(void* const* lanes) { load_matrices(lanes, true); }
+
+template <float (*from)(u16)> static void multiply(void* const* lanes) {
+    float a[16][16], b[16][8], d[16][8];
+    for (int i = 0; i < 32; i++) {
+        const Product* p = (const Product*)lanes[i];
+        int g = i / 4, t = 2 * (i % 4);
+        for (int k = 0; k < 4; k++) {
+            a[g + k % 2 * 8][t + k / 2 * 8] = from((u16)p->a[k]);
+            a[g + k % 2 * 8][t + k / 2 * 8 + 1] = from((u16)(p->a[k] >> 16));
+            d[g + k / 2 * 8][t + k % 2] = p->d[k];
+        }
+        for (int k = 0; k < 2; k++) b[t + k * 8][g] = from((u16)p->b[k]), b[t + k * 8 + 1][g] = from((u16)(p->b[k] >> 16));
+    }
+    for (int r = 0; r < 16; r++)
+        for (int k = 0; k < 16; k++)
+            for (int c = 0; c < 8; c++) d[r][c] += a[r][k] * b[k][c];
+    for (int i = 0; i < 32; i++)
+        for (int k = 0; k < 4; k++) ((const Product*)lanes[i])->d[k] = d[i / 4 + k / 2 * 8][2 * (i % 4) + k % 2];
+}
+static float from_bf16(u16 h) {
+    u32 u = (u32)h << 16;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+void multiply_f16(void* const* lanes) { multiply<from_f16>(lanes); }
+void multiply_bf16(void* const* lanes) { multiply<from_bf16>(lanes); }
+} // namespace emulation

@@ -1,0 +1,306 @@
+//! Steps of tiny random models through the emulated GPU, against the same forward pass in f64.
+
+mod reference;
+
+use std::sync::Arc;
+
+use param_cuda::decode::{Decoder, MAX_SEQUENCE, Mode, Pick, Sampling};
+use param_cuda::model::Format;
+use param_cuda::{Caches, Gpu, Stream};
+use param_cuda_emulation::{Schedule, schedule};
+use proptest::prelude::*;
+use reference::{Shape, TinyModel};
+
+fn gpu() -> Arc<Gpu> {
+    param_cuda_emulation::preload();
+    param_cuda::open().unwrap()
+}
+
+/// Largest difference relative to the norm of what is wanted, times the root of its length.
+fn error(got: &[f32], want: &[f64]) -> f64 {
+    let norm = (want.iter().map(|w| w * w).sum::<f64>() / want.len() as f64).sqrt();
+    got.iter().zip(want).map(|(g, w)| (f64::from(*g) - w).abs()).fold(0.0, f64::max) / norm
+}
+
+struct Run {
+    decoder: Decoder,
+    stream: Stream,
+    n_vocab: usize,
+}
+
+impl Run {
+    fn new(gpu: &Arc<Gpu>, model: &TinyModel, n_slot: usize) -> Run {
+        let device = Arc::new(model.upload(gpu));
+        let caches = Arc::new(Caches::new(&device, n_slot, model.shape.n_ctx).unwrap());
+        let decoder = Decoder::new(&device, &caches).unwrap();
+        Run { decoder, stream: Stream::new(gpu).unwrap(), n_vocab: model.shape.n_vocab }
+    }
+
+    fn logits(&self, sequence: usize) -> Vec<f32> {
+        let mut logits = vec![0.0; self.n_vocab];
+        self.decoder.logits().read(sequence * self.n_vocab, &mut logits).unwrap();
+        logits
+    }
+
+    /// The newest tokens chosen for a sequence, oldest first.
+    fn newest(&self, sequence: usize, out: &mut [u32]) {
+        self.stream.synchronize().unwrap();
+        let first = self.decoder.n_chosen(sequence) - out.len();
+        out.iter_mut().enumerate().for_each(|(i, token)| *token = self.decoder.chosen(sequence, first + i));
+    }
+
+    fn flags(&self) -> [u32; MAX_SEQUENCE] {
+        self.stream.synchronize().unwrap();
+        std::array::from_fn(|i| self.decoder.flags(i))
+    }
+}
+
+/// Runs `n_step` tokens of `n_sequence` sequences and compares the logits of each.
+fn compare(shape: &Shape, seed: u64, n_sequence: usize, n_step: usize, mode: Mode, bound: f64) {
+    let gpu = gpu();
+    let model = TinyModel::random(shape, seed);
+    let mut run = Run::new(&gpu, &model, n_sequence + 1);
+    let mut sequences: Vec<_> = (0..n_sequence).map(|_| model.sequence()).collect();
+    let mut tokens: Vec<u32> = (0..n_sequence).map(|i| (7 * i + 3) as u32 % shape.n_vocab as u32).collect();
+    for (i, token) in tokens.iter().enumerate() {
+        // Sequences do not lie in the caches in their order.
+        run.decoder.set(i, n_sequence - i, *token, 0).unwrap();
+    }
+    for step in 0..n_step {
+        run.decoder.step(&run.stream, n_sequence, 1, mode, Pick::Greedy).unwrap();
+        for (i, token) in tokens.iter_mut().enumerate() {
+            let want = model.forward(&mut sequences[i], *token);
+            let got = run.logits(i);
+            let error = error(&got, &want);
+            assert!(error < bound, "step {step}, sequence {i}: {error} in {shape:?}");
+            let best = (0..got.len()).rev().max_by(|&a, &b| got[a].total_cmp(&got[b])).unwrap();
+            let mut chosen = [0];
+            run.newest(i, &mut chosen);
+            assert_eq!(chosen[0] as usize, best);
+            *token = chosen[0];
+        }
+    }
+    assert_eq!(run.flags(), [0; 4]);
+}
+
+fn shape(format: Format) -> Shape {
+    let mut shape = Shape {
+        n_vocab: 75,
+        n_ctx: 80,
+        n_head: 3,
+        head_dim: 32,
+        n_layer: 2,
+        n_ff: 160,
+        n_expert: 5,
+        n_used: 2,
+        stride: 2,
+        formats: [format; 8],
+        cache_f32: true,
+        biases: true,
+        selection_bias: true,
+    };
+    if matches!(format, Format::Q4K | Format::Q6K) {
+        (shape.n_head, shape.head_dim, shape.n_ff) = (4, 64, 512);
+    }
+    shape
+}
+
+const FORMATS: [Format; 6] = [Format::F32, Format::F16, Format::Bf16, Format::Q8_0, Format::Q4K, Format::Q6K];
+
+#[test]
+fn every_format_gives_the_logits_of_f64() {
+    for format in FORMATS {
+        let bound = if format == Format::F32 { 1e-5 } else { 3e-5 };
+        compare(&shape(format), 1, 2, 2, Mode::Persistent, bound);
+    }
+}
+
+#[test]
+fn one_to_four_sequences_in_both_modes_under_every_schedule() {
+    for (i, order) in Schedule::ALL.into_iter().enumerate() {
+        schedule(Some(order));
+        let shape = Shape { biases: i % 2 == 0, selection_bias: i % 2 == 1, ..shape(Format::Q8_0) };
+        for mode in [Mode::Graph, Mode::Persistent] {
+            compare(&shape, i as u64, i + 1, 3, mode, 3e-5);
+        }
+    }
+    schedule(None);
+}
+
+#[test]
+fn formats_mix_freely() {
+    use Format::{Bf16, F16, F32, Q4K, Q6K, Q8_0};
+    let shape = Shape { formats: [Q6K, Q4K, Q8_0, F16, Q6K, Q4K, Bf16, F32], ..shape(Format::Q4K) };
+    compare(&shape, 3, 3, 2, Mode::Persistent, 3e-5);
+    let shape = Shape { formats: [F32, F16, Q6K, Q4K, Bf16, Q8_0, Q4K, Q6K], ..shape };
+    compare(&shape, 4, 1, 2, Mode::Graph, 3e-5);
+}
+
+#[test]
+fn keys_and_values_in_f16_cost_little() {
+    let shape = Shape { cache_f32: false, ..shape(Format::F16) };
+    compare(&shape, 5, 2, 12, Mode::Persistent, 2e-3);
+}
+
+#[test]
+fn a_long_sequence_is_attended_to_in_parts() {
+    let shape = Shape { n_head: 1, head_dim: 24, n_layer: 1, n_ctx: 300, ..shape(Format::F32) };
+    let gpu = gpu();
+    let model = TinyModel::random(&shape, 6);
+    let mut run = Run::new(&gpu, &model, 1);
+    let (mut sequence, mut token) = (model.sequence(), 1);
+    run.decoder.set(0, 0, token, 0).unwrap();
+    for step in 0..290 {
+        run.decoder.step(&run.stream, 1, 1, Mode::Graph, Pick::Greedy).unwrap();
+        let want = model.forward(&mut sequence, token);
+        if step % 40 == 0 || step > 280 {
+            assert!(error(&run.logits(0), &want) < 1e-5, "step {step}");
+        }
+        let mut chosen = [0];
+        run.newest(0, &mut chosen);
+        token = chosen[0];
+    }
+}
+
+#[test]
+fn several_tokens_in_one_launch_are_those_of_several_launches() {
+    let gpu = gpu();
+    let model = TinyModel::random(&shape(Format::F16), 7);
+    let mut tokens = Vec::new();
+    for (n_launch, n_step) in [(6, 1), (2, 3)] {
+        let mut run = Run::new(&gpu, &model, 2);
+        run.decoder.set(0, 1, 5, 0).unwrap();
+        run.decoder.set(1, 0, 6, 0).unwrap();
+        for _ in 0..n_launch {
+            run.decoder.step(&run.stream, 2, n_step, Mode::Persistent, Pick::Greedy).unwrap();
+        }
+        let mut chosen = [[0; 6]; 2];
+        for (i, chosen) in chosen.iter_mut().enumerate() {
+            run.newest(i, chosen);
+        }
+        tokens.push(chosen);
+    }
+    assert_eq!(tokens[0], tokens[1]);
+}
+
+#[test]
+fn damage_is_flagged_for_its_sequence_alone() {
+    let gpu = gpu();
+    let mut model = TinyModel::random(&shape(Format::F32), 8);
+    model.position_embd[model.shape.n_embd()] = f32::NAN;
+    let mut run = Run::new(&gpu, &model, 2);
+    run.decoder.set(0, 0, 1, 0).unwrap();
+    run.decoder.set(1, 1, 1, 1).unwrap();
+    run.decoder.step(&run.stream, 2, 1, Mode::Persistent, Pick::Greedy).unwrap();
+    assert_eq!(run.flags(), [0, param_cuda::decode::NOT_FINITE | param_cuda::decode::NO_LOGITS, 0, 0]);
+    let want = model.forward(&mut model.sequence(), 1);
+    assert!(error(&run.logits(0), &want) < 1e-5);
+}
+
+/// What param-runtime's sampler does, from the logits it is given.
+fn sample(logits: &[f32], by: &Sampling, uniform: f64) -> u32 {
+    let mut list: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
+    for &(token, count) in &by.penalties {
+        let logit = &mut list[token as usize].0;
+        *logit = if *logit > 0.0 { *logit / by.repeat_penalty } else { *logit * by.repeat_penalty };
+        *logit -= count as f32 * by.frequency_penalty + by.presence_penalty;
+    }
+    list.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+    let max = list[0].0;
+    if by.temperature == 0.0 {
+        return list[0].1;
+    }
+    list.truncate(by.top_k);
+    let weights = |list: &[(f32, u32)], temperature: f32| -> Vec<f64> {
+        let scale = 1.0 / f64::from(temperature);
+        list.iter().map(|c| ((f64::from(c.0) - f64::from(max)) * scale).exp()).collect()
+    };
+    if by.top_p < 1.0 {
+        let weights = weights(&list, 1.0);
+        let enough = f64::from(by.top_p) * weights.iter().sum::<f64>();
+        let mut sum = 0.0;
+        let last = weights.iter().position(|w| {
+            sum += w;
+            sum >= enough
+        });
+        list.truncate(last.map_or(list.len(), |last| last + 1));
+    }
+    list.retain(|c| c.0 - max >= by.min_p.ln());
+    let weights = weights(&list, by.temperature);
+    let mut left = uniform * weights.iter().sum::<f64>();
+    let drawn = weights.iter().position(|w| {
+        left -= w;
+        left < 0.0
+    });
+    list[drawn.unwrap_or(list.len() - 1)].1
+}
+
+#[test]
+fn sampling_follows_the_rules_of_the_cpu() {
+    let gpu = gpu();
+    let model = TinyModel::random(&Shape { n_vocab: 1000, n_layer: 1, ..shape(Format::F16) }, 9);
+    let plain = Sampling {
+        temperature: 1.0,
+        top_k: 256,
+        top_p: 1.0,
+        min_p: 0.0,
+        repeat_penalty: 1.0,
+        presence_penalty: 0.0,
+        frequency_penalty: 0.0,
+        penalties: Vec::new(),
+    };
+    let penalties: Vec<(u32, u32)> = (0..200).map(|i| (i * 5, i % 3 + 1)).collect();
+    let penalized =
+        Sampling { repeat_penalty: 1.3, presence_penalty: 0.2, frequency_penalty: 0.1, penalties, ..plain.clone() };
+    let all = [
+        Sampling { top_k: 40, top_p: 0.9, ..plain.clone() },
+        Sampling { temperature: 0.7, min_p: 0.05, ..plain.clone() },
+        Sampling { top_k: 1, ..penalized.clone() },
+        Sampling { temperature: 0.0, ..penalized.clone() },
+        Sampling { temperature: 1.5, top_k: 255, top_p: 0.5, ..penalized.clone() },
+        Sampling { temperature: 3.0, ..plain.clone() },
+        Sampling { top_k: 17, ..penalized },
+    ];
+    let mut run = Run::new(&gpu, &model, 4);
+    for (turn, group) in all.chunks(3).enumerate() {
+        for (i, sampling) in group.iter().enumerate() {
+            run.decoder.set(i, i, (i + turn) as u32, 0).unwrap();
+            run.decoder.set_sampling(i, sampling).unwrap();
+        }
+        for step in 0..8 {
+            let uniform = |i: usize| (step * 3 + i) as f64 / 24.0 + 0.01;
+            for i in 0..group.len() {
+                run.decoder.set_uniform(i, uniform(i));
+            }
+            let mode = if step % 2 == 0 { Mode::Persistent } else { Mode::Graph };
+            run.decoder.step(&run.stream, group.len(), 1, mode, Pick::Sample).unwrap();
+            for (i, sampling) in group.iter().enumerate() {
+                let mut chosen = [0];
+                run.newest(i, &mut chosen);
+                assert_eq!(chosen[0], sample(&run.logits(i), sampling, uniform(i)), "{sampling:?}");
+            }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 12, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_shape_gives_the_logits_of_f64(
+        format in prop::sample::select(FORMATS.to_vec()), n_head in 1usize..6, head_dim in 1usize..10, n_ff in 1usize..200,
+        n_vocab in 1usize..200, n_expert in 1usize..8, n_used in 1usize..4, n_sequence in 1usize..5, graph: bool, seed: u64,
+    ) {
+        let (mut head_dim, mut n_head, mut n_ff) = (head_dim * 8, n_head, n_ff);
+        match format {
+            Format::Q8_0 => (head_dim, n_ff) = (32, n_ff.next_multiple_of(32)),
+            Format::Q4K | Format::Q6K => (head_dim, n_head, n_ff) = (128, 2, if n_ff > 100 { 512 } else { 256 }),
+            _ => {}
+        }
+        let shape = Shape {
+            n_vocab, n_ctx: 16, n_head, head_dim, n_ff, n_expert, n_used: n_used.min(n_expert), formats: [format; 8],
+            ..shape(Format::F32)
+        };
+        compare(&shape, seed, n_sequence, 2, if graph { Mode::Graph } else { Mode::Persistent }, 1e-4);
+    }
+}
