@@ -6,6 +6,7 @@
 #define NO_SLOT 0xffffffffu
 #define THREADS 256
 #define MAX_EXPERT 256
+#define MAX_ENTRY 1024 // choices that the last block groups
 #define LEAST -3.0e38f
 
 // The same structure as in src/prefill/norm.rs.
@@ -23,6 +24,9 @@ struct NormArgs {
     u32* choices;                // [n_row, n_used]; n_expert in rows that pad
     float* weights;              // [n_row, n_used]
     u32* not_finite;             // becomes 1
+    u32* arrived;                // blocks that have chosen, 0 before and after; null: choices are grouped elsewhere (group.cu)
+    u32* offsets;                // [n_expert + 1]
+    u32* list;                   // [n_row, n_used]
     u32 n_embd, stride;
     u32 n_part;
     u32 n_expert, n_used;
@@ -76,6 +80,82 @@ DEVICE float squares(float4 e, float mean) {
     return e.x * e.x + e.y * e.y + (e.z * e.z + e.w * e.w);
 }
 
+// A warp chooses for its row.
+DEVICE void choose(const NormArgs& p, u32 row, const float* logits) {
+    u32 lane = threadIdx.x % WARP;
+    // Every lane looks after experts lane, lane + 32, ..; bit i of `taken` says that the i-th of them is chosen.
+    u32 taken = 0;
+    float greatest = 0.0f, total = 0.0f, mine = 0.0f;
+    for (u32 c = 0; c < p.n_used; c++) {
+        float best = LEAST;
+        u32 index = 0xffffffffu;
+        for (u32 e = lane, i = 0; e < p.n_expert; e += WARP, i++) {
+            if (taken >> i & 1) continue;
+            float score = logits[e] + (p.selection_bias ? p.selection_bias[e] : 0.0f);
+            if (!(score > LEAST)) score = LEAST; // NaN too, so that something is chosen
+            if (index == 0xffffffffu || score > best) {
+                best = score;
+                index = e;
+            }
+        }
+#pragma unroll
+        for (int d = WARP / 2; d > 0; d /= 2) {
+            float other = __shfl_xor_sync(FULL, best, d);
+            u32 other_index = __shfl_xor_sync(FULL, index, d);
+            if (other_index != 0xffffffffu && (index == 0xffffffffu || other > best || (other == best && other_index < index))) {
+                best = other;
+                index = other_index;
+            }
+        }
+        if (index % WARP == lane) taken |= 1u << index / WARP;
+        float logit = logits[index];
+        if (lane == c) {
+            p.choices[row * p.n_used + c] = index;
+            mine = logit;
+        }
+        greatest = c == 0 ? logit : fmaxf(greatest, logit);
+    }
+    // n_used is at most 32.
+    float weight = lane < p.n_used ? expf(mine - greatest) : 0.0f;
+    for (u32 c = 0; c < p.n_used; c++) total += __shfl_sync(FULL, weight, c);
+    if (lane < p.n_used) p.weights[row * p.n_used + lane] = weight / total;
+}
+
+// The last block that has chosen lists all choices by expert, as group.cu does, which saves few rows a launch.
+DEVICE void group(const NormArgs& p) {
+    __shared__ u32 is_last;
+    __shared__ u32 choices[MAX_ENTRY];
+    u32 thread = threadIdx.x, lane = thread % WARP, n_entry = gridDim.x * p.n_used;
+    __syncthreads();
+    if (thread == 0) {
+        is_last = add_release(p.arrived, 1) == gridDim.x - 1;
+        load_acquire(p.arrived);
+    }
+    __syncthreads();
+    if (!is_last) return;
+    for (u32 i = thread; i < n_entry; i += THREADS) choices[i] = load_fresh(p.choices + i);
+    __syncthreads();
+    if (thread == 0) *p.arrived = 0;
+    for (u32 e = thread / WARP; e < p.n_expert; e += THREADS / WARP) {
+        u32 at = 0, n = 0;
+        for (u32 i = lane; i < n_entry + lane; i += WARP) {
+            u32 c = i < n_entry ? choices[i] : NO_SLOT;
+            at += __popc(__ballot_sync(FULL, c < e));
+            n += __popc(__ballot_sync(FULL, c == e));
+        }
+        if (lane == 0) {
+            p.offsets[e] = at;
+            if (e + 1 == p.n_expert) p.offsets[e + 1] = at + n;
+        }
+        for (u32 i = lane; i < n_entry + lane; i += WARP) {
+            bool mine = i < n_entry && choices[i] == e;
+            u32 all = __ballot_sync(FULL, mine);
+            if (mine) p.list[at + __popc(all & ((1u << lane) - 1))] = i;
+            at += __popc(all);
+        }
+    }
+}
+
 // n_embd is a multiple of 8, `stride` of 32.
 KERNEL void __launch_bounds__(THREADS, 4) layer_norm(NormArgs p) {
     __shared__ float parts[THREADS / WARP];
@@ -102,6 +182,7 @@ KERNEL void __launch_bounds__(THREADS, 4) layer_norm(NormArgs p) {
         if (normalises)
             for (u32 i = first; i < p.stride; i += THREADS * 4) store_four(p, to + i, zero);
         if (p.router && thread < p.n_used) p.choices[row * p.n_used + thread] = p.n_expert;
+        if (p.router && p.arrived) group(p);
         return;
     }
     bool writes = p.y != 0 && p.rows == 0;
@@ -151,41 +232,6 @@ KERNEL void __launch_bounds__(THREADS, 4) layer_norm(NormArgs p) {
         if (lane == 0) logits[e] = dot;
     }
     __syncthreads();
-    if (warp != 0) return;
-    // Every lane looks after experts lane, lane + 32, ..; bit i of `taken` says that the i-th of them is chosen.
-    u32 taken = 0;
-    float greatest = 0.0f, total = 0.0f, mine = 0.0f;
-    for (u32 c = 0; c < p.n_used; c++) {
-        float best = LEAST;
-        u32 index = 0xffffffffu;
-        for (u32 e = lane, i = 0; e < p.n_expert; e += WARP, i++) {
-            if (taken >> i & 1) continue;
-            float score = logits[e] + (p.selection_bias ? p.selection_bias[e] : 0.0f);
-            if (!(score > LEAST)) score = LEAST; // NaN too, so that something is chosen
-            if (index == 0xffffffffu || score > best) {
-                best = score;
-                index = e;
-            }
-        }
-#pragma unroll
-        for (int d = WARP / 2; d > 0; d /= 2) {
-            float other = __shfl_xor_sync(FULL, best, d);
-            u32 other_index = __shfl_xor_sync(FULL, index, d);
-            if (other_index != 0xffffffffu && (index == 0xffffffffu || other > best || (other == best && other_index < index))) {
-                best = other;
-                index = other_index;
-            }
-        }
-        if (index % WARP == lane) taken |= 1u << index / WARP;
-        float logit = logits[index];
-        if (lane == c) {
-            p.choices[row * p.n_used + c] = index;
-            mine = logit;
-        }
-        greatest = c == 0 ? logit : fmaxf(greatest, logit);
-    }
-    // n_used is at most 32.
-    float weight = lane < p.n_used ? expf(mine - greatest) : 0.0f;
-    for (u32 c = 0; c < p.n_used; c++) total += __shfl_sync(FULL, weight, c);
-    if (lane < p.n_used) p.weights[row * p.n_used + lane] = weight / total;
+    if (warp == 0) choose(p, row, logits);
+    if (p.arrived) group(p);
 }
