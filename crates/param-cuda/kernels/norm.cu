@@ -1,15 +1,13 @@
 // Between products: what the last one gave is added to the residual stream, which is normalised for the next; before a layer of experts
 // the router chooses, while the row in f32 is at hand.
 // Limit: memory; bytes = n_row * n_embd * (4 n_part + 8 + 2), and n_expert * n_embd * 4 from the second-level cache a row.
-#include "model.cuh"
+#include "rows.cuh"
 
-#define NO_SLOT 0xffffffffu
 #define THREADS 256
 #define MAX_EXPERT 256
 #define MAX_ENTRY 1024 // choices that the last block groups
-#define LEAST -3.0e38f
 
-// The same structure as in src/prefill/norm.rs.
+// The same structure as in src/forward/norm.rs.
 struct NormArgs {
     float* x;                    // [n_row, stride]
     const float* y;              // [n_row, n_part, stride]: what is added; or null
