@@ -1,17 +1,13 @@
 // Causal attention of rows over the caches of their sequences: what both ways of computing it are given.
 #pragma once
-#include "model.cuh"
-
-#define NO_SLOT 0xffffffffu
-#define LEAST -3.0e38f // the score of a key that does not count, below what a maximum begins with
-enum Element { ELEMENT_F32, ELEMENT_F16, ELEMENT_BF16 };
+#include "rows.cuh"
 
 // Rows of one sequence at consecutive positions.
 struct Span {
     u32 row, n_row, slot, position;
 };
 
-// The same structure as in src/prefill/attention.rs.
+// The same structure as in src/forward/attention.rs.
 struct AttentionArgs {
     const float* q;       // [n_row, stride]
     u8* output;           // [n_row, stride]

@@ -114,11 +114,11 @@ template <int LANES, bool F32> DEVICE void attend(const AttentionArgs& p) {
     }
 }
 
-KERNEL void __launch_bounds__(128) attention_rows_f16_32(AttentionArgs p) { attend<4, false>(p); }
-KERNEL void __launch_bounds__(128) attention_rows_f16_64(AttentionArgs p) { attend<8, false>(p); }
-KERNEL void __launch_bounds__(128) attention_rows_f16_128(AttentionArgs p) { attend<16, false>(p); }
-KERNEL void __launch_bounds__(128) attention_rows_f16_256(AttentionArgs p) { attend<32, false>(p); }
-KERNEL void __launch_bounds__(128) attention_rows_f32_32(AttentionArgs p) { attend<4, true>(p); }
-KERNEL void __launch_bounds__(128) attention_rows_f32_64(AttentionArgs p) { attend<8, true>(p); }
-KERNEL void __launch_bounds__(128) attention_rows_f32_128(AttentionArgs p) { attend<16, true>(p); }
-KERNEL void __launch_bounds__(128) attention_rows_f32_256(AttentionArgs p) { attend<32, true>(p); }
+KERNEL void __launch_bounds__(128, 6) attention_rows_f16_32(AttentionArgs p) { attend<4, false>(p); }
+KERNEL void __launch_bounds__(128, 6) attention_rows_f16_64(AttentionArgs p) { attend<8, false>(p); }
+KERNEL void __launch_bounds__(128, 6) attention_rows_f16_128(AttentionArgs p) { attend<16, false>(p); }
+KERNEL void __launch_bounds__(128, 6) attention_rows_f16_256(AttentionArgs p) { attend<32, false>(p); }
+KERNEL void __launch_bounds__(128, 6) attention_rows_f32_32(AttentionArgs p) { attend<4, true>(p); }
+KERNEL void __launch_bounds__(128, 6) attention_rows_f32_64(AttentionArgs p) { attend<8, true>(p); }
+KERNEL void __launch_bounds__(128, 6) attention_rows_f32_128(AttentionArgs p) { attend<16, true>(p); }
+KERNEL void __launch_bounds__(128, 6) attention_rows_f32_256(AttentionArgs p) { attend<32, true>(p); }

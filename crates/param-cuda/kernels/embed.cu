@@ -1,8 +1,6 @@
 // Rows of tokens begin: the token's row, dequantized, and the position's.
 // Limit: memory; bytes = n_row * n_embd * (weight + 8). A block a row.
-#include "model.cuh"
-
-#define NO_SLOT 0xffffffffu
+#include "rows.cuh"
 
 DEVICE u16 half_at(const u8* p, u64 i) { return ((const u16*)p)[i]; }
 

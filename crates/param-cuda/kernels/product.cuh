@@ -10,6 +10,7 @@
 DEVICE u32 swizzled(u32 row, u32 chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 #define TILE_K 64
+#define NO_CHUNK 0xffffffffu // there is no row
 
 // Bytes of shared memory that a stage of quants takes for each row of W; 0 where W is copied as it is.
 template <int FORMAT> struct Raw;
@@ -194,12 +195,12 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int WK, int STAGES, int BU
 
     // Chunk thread % 8 of rows thread / 8 and every threads / 8 further.
     u32 chunk = thread % 8;
-    const u8* from[n_copy]; // null where there is no row
+    u32 from[n_copy]; // chunks from the beginning of the input
 #pragma unroll
     for (u32 i = 0; i < n_copy; i++) {
         u32 r = rows.begin + thread / 8 + i * (threads / 8);
-        from[i] = 0;
-        if (r < rows.end) from[i] = p.input + ((u64)input_row(p, r) * p.input_stride + chunk * 8) * 2;
+        from[i] = NO_CHUNK;
+        if (r < rows.end) from[i] = input_row(p, r) * (p.input_stride / 8) + chunk;
     }
     u32 n_tile = (matrix.n_col + TILE_K - 1) / TILE_K;
     u32 per_split = (n_tile + p.n_split - 1) / p.n_split;
@@ -214,8 +215,9 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int WK, int STAGES, int BU
             u8* a = a_tiles + stage * a_bytes;
 #pragma unroll
             for (u32 i = 0; i < n_copy; i++) {
-                bool in = from[i] != 0 && k + chunk * 8 < last_column;
-                copy_async(a + swizzled(thread / 8 + i * (threads / 8), chunk), in ? from[i] + k * 2 : p.input, in ? 16 : 0);
+                bool in = from[i] != NO_CHUNK && k + chunk * 8 < last_column;
+                const u8* source = p.input + (in ? (u64)(from[i] + k / 8) * 16 : 0);
+                copy_async(a + swizzled(thread / 8 + i * (threads / 8), chunk), source, in ? 16 : 0);
             }
             copy_weights<FORMAT, BN>(w, w_tiles + stage * w_bytes, raws + stage * raw_bytes, w_row, k);
         }
@@ -300,7 +302,7 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int WK, int STAGES, int BU
 
 // Tiles of rows for prompts, of which shared memory and registers let two lie on a multiprocessor, and three for few rows.
 #define PRODUCTS(NAME, FORMAT)                                                                                                      \
-    KERNEL void __launch_bounds__(256) NAME##_128(Product p) {                                                                      \
+    KERNEL void __launch_bounds__(256, 2) NAME##_128(Product p) {                                                                      \
         product<FORMAT, 128, 128, 64, 32, 1, 3, (Raw<FORMAT>::bytes > 64 ? 1 : 2)>(p);                                              \
     }                                                                                                                               \
     KERNEL void __launch_bounds__(256) NAME##_64(Product p) { product<FORMAT, 64, 64, 32, 32, 2, 3, 2>(p); }                        \

@@ -1,14 +1,12 @@
 // What a product of rows is asked for, which rows a block takes, and where results go: the same for tensor cores and for f32.
 #pragma once
-#include "model.cuh"
+#include "rows.cuh"
 
 // Where results go. PARTIAL: f32, a part from each split, times the row's weight where there is one, to the row that the list names.
 // ACTIVATED: through the activation, rows in their order. QKV: queries to `output` in f32, keys and values to the row's cache.
 enum Output { OUTPUT_PARTIAL, OUTPUT_ACTIVATED, OUTPUT_QKV };
-enum Element { ELEMENT_F32, ELEMENT_F16, ELEMENT_BF16 };
-#define NO_SLOT 0xffffffffu // a row that pads a batch: computed, and written nowhere
 
-// The same structure as in src/prefill/product.rs.
+// The same structure as in src/forward/product.rs.
 struct Product {
     Matrix w[3];            // blockIdx.z / n_split picks
     const u8* input;        // [.., input_stride]

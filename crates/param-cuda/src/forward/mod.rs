@@ -16,7 +16,7 @@ use crate::memory::Buffer;
 use crate::model::{Block, Format, Matrix, Norm};
 use crate::stream::{Graph, Stream};
 use attention::{Attention, AttentionArgs, QUERIES, Span};
-use norm::{MAX_EXPERT, MAX_USED, NormArgs};
+use norm::{MAX_ENTRY, MAX_EXPERT, MAX_USED, NormArgs};
 use product::{Element, MAX_SPLIT, Output, Product, Products};
 
 /// A token at a place in a sequence.
@@ -71,6 +71,7 @@ pub struct Forward {
     list: Buffer<u32>,    // [n_row_max, n_used]
     logits: Buffer<f32>,  // [n_logits_max, n_vocab]
     not_finite: Buffer<u32>,
+    arrived: Buffer<u32>,
 }
 
 const WHAT: &str = "activations";
@@ -142,6 +143,7 @@ impl Forward {
             list: gpu.alloc(WHAT, n_row_max * n_choice)?,
             logits: gpu.alloc(WHAT, n_logits_max * m.n_vocab as usize)?,
             not_finite: gpu.alloc(WHAT, 1)?,
+            arrived: gpu.alloc(WHAT, 1)?,
             model: Arc::clone(model),
             caches: Arc::clone(caches),
         })
@@ -366,6 +368,8 @@ impl Forward {
             choices: self.choices.address(),
             weights: self.weights.address(),
             not_finite: self.not_finite.address(),
+            offsets: self.offsets.address(),
+            list: self.list.address(),
             n_embd: m.n_embd,
             stride: self.stride,
             n_part: self.n_part,
@@ -404,23 +408,20 @@ impl Forward {
         self.n_part = 0;
 
         let qkv = [block.q, block.k, block.v];
-        // One launch for all three where they are stored alike.
-        let launches: &[(usize, usize)] = match qkv.map(|w| w.format) {
-            [q, k, v] if q == k && k == v => &[(0, 3)],
-            _ => &[(0, 1), (1, 1), (2, 1)],
-        };
-        for &(first, n) in launches {
-            let w = &qkv[first..first + n];
+        // One launch for those next to each other that are stored alike.
+        let mut first = 0;
+        for w in qkv.chunk_by(|a, b| a.format == b.format) {
             let product = Product {
                 input: self.h[Format::of(&w[0]).element() as usize].address(),
                 output: self.q.address(),
                 output_kind: Output::Qkv as u32,
-                first_matrix: first as u32,
+                first_matrix: first,
                 layer: i as u32,
                 ..self.product(w)
             };
             // SAFETY: normalised rows go in; queries and caches have room for all rows.
-            unsafe { self.products.launch(stream, product, n as u32, 0) }?;
+            unsafe { self.products.launch(stream, product, w.len() as u32, 0) }?;
+            first += w.len() as u32;
         }
 
         let element = Format::of(&block.out).element();
@@ -454,18 +455,23 @@ impl Forward {
         let m = *self.model.model();
         let is_moe = block.router != 0;
         let mut norm = self.norm(block.norm2, &[&block.up]);
+        let n_choice = if is_moe { m.n_used } else { 1 };
+        let n_entry = self.n_row * n_choice;
         (norm.router, norm.selection_bias) = (block.router, block.selection_bias);
+        if is_moe && n_entry <= MAX_ENTRY {
+            norm.arrived = self.arrived.address();
+        }
         self.normalise(stream, norm, self.n_row)?;
         self.n_part = 0;
 
-        let n_choice = if is_moe { m.n_used } else { 1 };
-        let n_entry = self.n_row * n_choice;
         let mut group = Product::default();
         if is_moe {
-            let grid = Grid { blocks: [m.n_expert, 1, 1], threads: 256, shared: 0 };
-            let args = args![self.choices, n_entry, m.n_expert, self.offsets, self.list];
-            // SAFETY: the kernel's arguments; choices were just made, at most n_entry of them are listed.
-            unsafe { self.group.launch(stream, grid, &args) }?;
+            if norm.arrived == 0 {
+                let grid = Grid { blocks: [m.n_expert, 1, 1], threads: 256, shared: 0 };
+                let args = args![self.choices, n_entry, m.n_expert, self.offsets, self.list];
+                // SAFETY: the kernel's arguments; choices were just made, at most n_entry of them are listed.
+                unsafe { self.group.launch(stream, grid, &args) }?;
+            }
             (group.offsets, group.list) = (self.offsets.address(), self.list.address());
         }
         let element = Format::of(&block.down).element();

@@ -21,6 +21,9 @@ pub(super) struct NormArgs {
     pub choices: u64,
     pub weights: u64,
     pub not_finite: u64,
+    pub arrived: u64,
+    pub offsets: u64,
+    pub list: u64,
     pub n_embd: u32,
     pub stride: u32,
     pub n_part: u32,
@@ -34,3 +37,5 @@ pub(super) const THREADS: u32 = 256;
 /// The most experts it can choose among, and the most choices a row can have.
 pub(super) const MAX_EXPERT: u32 = 256;
 pub(super) const MAX_USED: u32 = 32;
+/// Choices of all rows up to which it groups them by expert itself: 1024 at most; tests go both ways with few.
+pub(super) const MAX_ENTRY: u32 = if cfg!(test) { 50 } else { 1024 };

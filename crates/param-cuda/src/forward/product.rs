@@ -83,7 +83,12 @@ const SHAPES: [Shape; 4] = [
     Shape { n_row: 64, n_column: 64, n_group: 2, stages: 3 },
     Shape { n_row: 128, n_column: 128, n_group: 1, stages: 3 },
 ];
-const SHAPE_F32: Shape = Shape { n_row: 64, n_column: 64, n_group: 2, stages: 4 };
+/// Of matrices in F32.
+const SHAPES_F32: [Shape; 3] = [
+    Shape { n_row: 16, n_column: 64, n_group: 2, stages: 4 },
+    Shape { n_row: 32, n_column: 64, n_group: 2, stages: 4 },
+    Shape { n_row: 64, n_column: 64, n_group: 2, stages: 4 },
+];
 /// Columns of W that a stage holds.
 const TILE_K: u32 = 64;
 const TILE_K_F32: u32 = 32;
@@ -116,6 +121,10 @@ impl Format {
         }
     }
 
+    fn shapes(self) -> &'static [Shape] {
+        if self == Format::F32 { &SHAPES_F32 } else { &SHAPES }
+    }
+
     fn kernels(self) -> (&'static str, &'static [&'static str]) {
         macro_rules! product {
             ($name:literal) => {
@@ -131,7 +140,9 @@ impl Format {
             };
         }
         match self {
-            Format::F32 => (include_str!("../../ptx/product_f32.ptx"), &["product_f32_64"]),
+            Format::F32 => {
+                (include_str!("../../ptx/product_f32.ptx"), &["product_f32_16", "product_f32_32", "product_f32_64"])
+            }
             Format::F16 => product!("f16"),
             Format::Bf16 => product!("bf16"),
             Format::Q8_0 => product!("q8_0"),
@@ -183,7 +194,7 @@ impl Products {
             let mut kernels = Vec::new();
             for (i, name) in names.iter().enumerate() {
                 let kernel = module.kernel(name)?;
-                kernel.allow_shared(if format == Format::F32 { SHAPE_F32 } else { SHAPES[i] }.shared(format))?;
+                kernel.allow_shared(format.shapes()[i].shared(format))?;
                 kernels.push(kernel);
             }
             products.kernels.insert(format as u32, kernels);
@@ -212,9 +223,9 @@ impl Products {
     fn shape(&self, product: &Product, n_matrix: u32) -> usize {
         let mean = Self::mean_rows(product);
         match mean {
-            _ if Format::of(&product.w[0]) == Format::F32 => 0,
             0..=16 => 0,
             17..=32 => 1,
+            _ if Format::of(&product.w[0]) == Format::F32 => 2,
             _ => {
                 // Wide tiles where they alone occupy most of the GPU.
                 let wide = SHAPES[3];
@@ -229,8 +240,8 @@ impl Products {
         if product.output_kind != Output::Partial as u32 {
             return 1;
         }
-        let is_f32 = Format::of(&product.w[0]) == Format::F32;
-        let (shape, tile_k) = if is_f32 { (SHAPE_F32, TILE_K_F32) } else { (SHAPES[which], TILE_K) };
+        let format = Format::of(&product.w[0]);
+        let (shape, tile_k) = (format.shapes()[which], if format == Format::F32 { TILE_K_F32 } else { TILE_K });
         let n_expert = if product.offsets != 0 { product.n_expert } else { 1 };
         let row_tiles = Self::mean_rows(product).div_ceil(shape.n_row) * n_expert;
         let blocks = row_tiles * product.w[0].n_row.div_ceil(shape.n_column);
@@ -251,7 +262,7 @@ impl Products {
         n_split: u32,
     ) -> Result<()> {
         let format = Format::of(&product.w[0]);
-        let shape = if format == Format::F32 { SHAPE_F32 } else { SHAPES[which] };
+        let shape = format.shapes()[which];
         // With experts, as many tiles as there can be: each may end with one that is not full.
         let row_tiles = if product.offsets != 0 {
             product.n_row / shape.n_row + product.n_expert.min(product.n_row)
