@@ -28,12 +28,10 @@ pub struct DeviceArgs {
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum DecodeArg {
-    /// As is fastest for so many sequences
+    /// One sequence by one kernel for the whole token, several by the graph
     Auto,
-    /// A kernel for each phase, launched together as a graph
+    /// The kernels that run prompts, launched together as a graph
     Graph,
-    /// One kernel for the whole token
-    Persistent,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
@@ -72,7 +70,6 @@ impl DeviceArgs {
         let gpu_decode = match self.gpu_decode {
             DecodeArg::Auto => GpuDecode::Auto,
             DecodeArg::Graph => GpuDecode::Graph,
-            DecodeArg::Persistent => GpuDecode::Persistent,
         };
         let options = ModelOptions { device, gpu_layers: self.gpu_layers, experts_on_cpu, gpu_decode };
         let model = Model::open_with(path, &options)?;

@@ -253,11 +253,6 @@ DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], PLACE) 
     emulation::Product mine = {d, a, b};
     emulation::meet(emulation::MULTIPLY, 0xffffffffu, &mine, emulation::multiply_f16, HERE);
 }
-DEVICE void mma_f16_new(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], PLACE) {
-    d[0] = d[1] = d[2] = d[3] = 0.0f;
-    emulation::Product mine = {d, a, b};
-    emulation::meet(emulation::MULTIPLY, 0xffffffffu, &mine, emulation::multiply_f16, HERE);
-}
 DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], PLACE) {
     emulation::Product mine = {d, a, b};
     emulation::meet(emulation::MULTIPLY, 0xffffffffu, &mine, emulation::multiply_bf16, HERE);

@@ -19,7 +19,8 @@ const FLAGS: &[&str] = &[
     "-fno-exceptions",
     "-Wall",
     "-Wno-unknown-pragmas",
-    "-Wno-parentheses", "-Wno-unused-function", // NVIDIA's compilers do not ask for them
+    "-Wno-parentheses",
+    "-Wno-unused-function", // NVIDIA's compilers do not ask for them
 ];
 
 fn run(command: &mut Command) -> Result<(Vec<u8>, String), String> {

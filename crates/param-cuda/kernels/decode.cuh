@@ -1,25 +1,22 @@
-// One token each for up to four sequences: what the phases of a step share. A phase is a function of a block's place in the grid;
-// between phases every block waits for all, or a kernel ends. Activations enter products as f16 halves hi + lo / 2048, about 22 bits.
+// One token of one sequence: what the phases of a step share. Every block of the grid works on each phase, and waits for all others before
+// the next. Activations meet quantized weights as 15-bit integers with a scale for every 32, which costs no more than rounding to f32 does.
 #pragma once
 #include "model.cuh"
 
 #define DECODE_THREADS 512
 #define DECODE_WARPS (DECODE_THREADS / WARP)
-#define MAX_SEQUENCE 4
-#define MAX_EXPERT 32
+#define MAX_USED 32
 #define MAX_SPLIT 16
-// Parts of the grid's work that a row's sum may be cut into: see Share.
-#define MAX_PART 4
-#define LOW_SCALE 2048.0f
+// Positions of the past that are worth a block of their own.
+#define SPLIT_POSITIONS 64
 #define HISTORY 1024
 #define MAX_TOP_K 256
 #define MINUS_INFINITY __uint_as_float(0xff800000u)
 
-// Not inlined: a function for each format, called by all phases, compiles in a fraction of the time and stays in the instruction cache.
-// Such functions are given the Decode in shared memory, so that others can read the kernel's argument where it is.
+// Not inlined: one copy for all phases stays in the instruction cache, which is what a token's thousand short steps hang on.
 #define CALLED static __device__ __noinline__
 
-// Flags of a sequence.
+// Flags of the sequence.
 #define NOT_FINITE 1u
 #define NO_ROOM 2u
 #define NO_LOGITS 4u
@@ -31,7 +28,7 @@ struct Penalty {
     u32 count;
 };
 
-// How a sequence's next token is drawn: llama.cpp's rules in its order.
+// How a token is drawn: llama.cpp's rules in its order.
 struct Sampling {
     float temperature; // 0 takes the most likely
     u32 top_k;         // 1 to MAX_TOP_K
@@ -42,187 +39,97 @@ struct Sampling {
     const Penalty* penalties; // [n_penalty], no token twice
 };
 
+// Where a sequence is.
+struct State {
+    u32 token;    // what runs next
+    u32 position; // where
+    u32 slot;     // whose keys and values
+    u32 step;     // tokens chosen since the start
+};
+
 // What a step reads and writes, the same as in src/decode.rs.
 struct Decode {
     Model model;
     Caches caches;
-    u32* tokens;         // [MAX_SEQUENCE] what to run next
-    u32* positions;      // [MAX_SEQUENCE] where
-    u32* slots;          // [MAX_SEQUENCE] whose keys and values
-    u32* flags;          // [MAX_SEQUENCE]
-    u32* step;           // [MAX_SEQUENCE] tokens chosen since the start
-    u32* history;        // [HISTORY, MAX_SEQUENCE] the chosen, modulo HISTORY
-    u32* barrier;        // [2]: arrivals within a launch, blocks that left it
-    float* x;            // [2, MAX_SEQUENCE, stride] residual stream, written to the one while the other is read
-    float* parts;        // [MAX_PART, MAX_SEQUENCE, stride] of the sums that are added to it
-    float* attended;     // [MAX_SPLIT, MAX_SEQUENCE, n_embd] not yet divided by their sums
-    float* attended_sums; // [MAX_SPLIT, MAX_SEQUENCE, n_head, 2]: maximum and sum
-    u8* hidden;          // [n_active, n_ff / 32] pieces of activations
-    float* hidden_sums;  // [n_active, n_ff / 16, MAX_SEQUENCE]
-    u32* routing;        // a Routing, for kernels of one phase
-    float* logits;       // [MAX_SEQUENCE, n_vocab]
-    u64* best;           // [MAX_SEQUENCE, n_block, top_k] candidates of every block
-    const Sampling* sampling; // [MAX_SEQUENCE]
-    const double* uniforms;   // [HISTORY, MAX_SEQUENCE] in [0, 1), one for each step
-    u32 n_sequence;
-    u32 n_step;          // tokens each that one launch of the persistent kernel makes
+    State* state;
+    u32* flags;
+    u32* history;         // [HISTORY] the chosen, modulo HISTORY
+    u32* barrier;         // [2]: arrivals within a launch, blocks that left it
+    float* x;             // [n_embd] residual stream
+    float* q;             // [n_embd]
+    float* attended;      // [MAX_SPLIT, n_embd] not yet divided by their sums
+    float* attended_sums; // [MAX_SPLIT, n_head, 2]: maximum and sum
+    float* hidden;        // [n_used, n_ff rounded up to 32], weighted
+    float* logits;        // [n_vocab]
+    u64* keys;            // [n_vocab] candidates
+    u64* best;            // [n_block, top_k] candidates of every block
+    const Sampling* sampling;
+    const double* uniforms; // [HISTORY] in [0, 1), one for each step
     u32 pick;
-    u32 top_k;           // the largest of the sequences'
+    u32 top_k;
 };
 
-// Which experts run, and how much each counts for each sequence; a dense block is one expert of weight 1.
+// Which experts run, and how much each counts; a dense block is one expert of weight 1.
 struct Routing {
     u32 n_active;
-    u32 expert[MAX_EXPERT];
-    float weight[MAX_EXPERT][MAX_SEQUENCE]; // 0 for a sequence that did not choose it
+    u32 expert[MAX_USED];
+    float weight[MAX_USED];
 };
 
-// How the units of a product are dealt out where a row's sum is cut: every block takes `share` consecutive ones. A row of tiles has
-// `units` of them; so its sum comes in at most MAX_PART parts, which whoever reads the residual stream adds in their order.
-struct Share {
-    u32 units;
-    u32 share;
-};
-
-// Units [begin, end) of a stack of matrices, tile by tile of 16 rows.
+// Rows [begin, end) of matrices of one shape and format that lie one upon the other, or side by side, when each row goes on in the next.
 struct Job {
-    const u8* data;
-    u64 matrix_bytes;
-    u32 n_row, n_col;
-    u32 first_row, end_row; // the rows that are wanted of each matrix
-    u32 n_tile;             // of one matrix
-    u32 n_chunk;            // units side by side in one matrix
-    u32 units;              // of a tile: n_chunk, or where the sum goes over all active matrices that many times more
-    bool deep;              // which of the two
+    const u8* bases[MAX_USED];
+    u32 n_matrix, n_row, n_col, format;
+    u32 side_by_side;
     u32 begin, end;
-    const u32* expert;      // the matrix of each active one; null of a single matrix
-    const Matrix* several;  // matrices of one shape and format, instead of experts
 };
 
 struct Small {
-    Decode decode; // for functions that are called
-    Block blocks[2]; // of this layer and the next
+    Decode decode;
+    Block block;
     Routing routing;
-    Job job;       // of the phase
-    Share share;   // of the phase, where it cuts sums
-    Share pending; // what the parts belong to
-    u32 positions[MAX_SEQUENCE];
-    u32 slots[MAX_SEQUENCE];
-    float4 stats[DECODE_WARPS];
-    float router_logits[MAX_SEQUENCE][MAX_EXPERT];
-    u64 best[MAX_SEQUENCE][DECODE_WARPS];
+    Job job;
+    State state;
+    float stats[2][DECODE_WARPS];
+    float router_logits[256];
+    u64 warps[DECODE_WARPS];
     u32 histogram[256];
     u32 select[8];
     double weights[MAX_TOP_K];
     u64 chosen[2][MAX_TOP_K];
 };
 
-#define RING 2
-#define UNIT_BYTES 3840
-#define RED_BYTES 16896
-#define SMALL_BYTES 11264
-
+#define SMALL_BYTES 12288
 static_assert(sizeof(Small) <= SMALL_BYTES, "src/decode.rs asks for as much");
 
-// A block's shared memory. `stride` is n_embd rounded up to 32.
+// Sums of rows by pieces: rows of a job run as many at a time as fit.
+#define RED_LENGTH 4096
+
+// A block's shared memory. `length`: the longest row of a product, a multiple of 32.
 struct Shared {
-    u8* ring;     // [DECODE_WARPS, RING, UNIT_BYTES] weights on their way
-    float* red;   // sums of warps: 64 of [MAX_SEQUENCE, 16]; attention keeps [DECODE_WARPS, head_dim + 2] here
-    u8* halves;   // [stride / 32] pieces of activations: [8 columns, 32] f16, see put_activation
-    float* sums;  // [stride / 16, MAX_SEQUENCE]
-    float* x;     // [MAX_SEQUENCE, stride]
-    float* heads; // [3, MAX_SEQUENCE, head_dim] a head's query, key and value
     Small* small;
-    u32 stride;
+    float* red;    // [RED_LENGTH]; in attention [DECODE_WARPS, head_dim + 2]
+    float* x;      // [length] activations
+    float* scales; // [length / 32]
+    float* sums;   // [length / 16] of the activations as they were rounded
+    u32* high;     // [length / 4] of four bytes: activation = scale (256 high + low)
+    u32* low;
+    float* router; // [n_expert, n_embd] of the next MoE block
 };
 
+DEVICE u32 padded(u32 n) { return (n + 31) / 32 * 32; }
+
 DEVICE Shared shared_of(u8* memory, const Model& m) {
+    u32 n_mat = m.n_used > 1 ? m.n_used : 1, a = padded(m.n_embd), b = n_mat * padded(m.n_ff), length = a > b ? a : b;
     Shared s;
-    s.stride = (m.n_embd + 31) / 32 * 32;
-    s.ring = memory;
-    s.red = (float*)(memory + DECODE_WARPS * RING * UNIT_BYTES);
-    s.halves = (u8*)s.red + RED_BYTES;
-    s.sums = (float*)(s.halves + s.stride * 16);
-    s.x = s.sums + s.stride / 16 * MAX_SEQUENCE;
-    s.heads = s.x + s.stride * MAX_SEQUENCE;
-    s.small = (Small*)(s.heads + 3 * MAX_SEQUENCE * m.head_dim);
+    s.high = (u32*)memory;
+    s.low = s.high + length / 4;
+    s.x = (float*)(s.low + length / 4);
+    s.router = s.x + length;
+    s.red = s.router + m.n_expert * m.n_embd;
+    s.small = (Small*)(s.red + RED_LENGTH);
+    // Last, as their lengths are no multiples of 16 bytes.
+    s.scales = (float*)((u8*)s.small + SMALL_BYTES);
+    s.sums = s.scales + length / 32;
     return s;
-}
-
-// grid_barrier() in two, for work that needs nothing of what is waited for. The last warp has the fewest units: it can be spared.
-DEVICE void grid_arrive(u32* counter) {
-    __syncthreads();
-    if (threadIdx.x == DECODE_THREADS - WARP) add_release(counter, 1);
-}
-DEVICE void grid_wait(const u32* counter, u32& round) {
-    round += 1;
-    if (threadIdx.x == DECODE_THREADS - WARP)
-        while ((int)(load_acquire(counter) - round * gridDim.x) < 0) pause();
-    __syncthreads();
-}
-
-// What one request brings to the second-level cache, if no more is certain.
-#define FETCH_BYTES 64
-
-// Asks the second-level cache for what some block will read: each for some of it.
-CALLED void prefetch(const void* p, u64 bytes, u32 rank, u32 n_block) {
-    if (!p) return;
-#pragma unroll 1
-    for (u64 at = (u64)(threadIdx.x * n_block + rank) * FETCH_BYTES; at < bytes; at += (u64)DECODE_THREADS * FETCH_BYTES * n_block) prefetch_l2((const u8*)p + at);
-}
-
-DEVICE u32 ceil_div(u32 a, u32 b) { return (a + b - 1) / b; }
-
-// Columns of a unit, 16 rows of which a warp multiplies at a time: 128 bytes a row.
-DEVICE u32 unit_columns(u32 format) {
-    return format >= FORMAT_Q4_K ? 256 : format == FORMAT_Q8_0 ? 128 : format == FORMAT_F32 ? 32 : 64;
-}
-
-DEVICE Share share_of(const Matrix& m, u32 n_active, u32 n_block) {
-    Share s;
-    s.units = n_active * ceil_div(m.n_col, unit_columns(m.format));
-    u32 total = s.units * ceil_div(m.n_row, 16);
-    u32 even = ceil_div(total, n_block), least = ceil_div(s.units, MAX_PART - 1);
-    s.share = even > least ? even : least;
-    return s;
-}
-
-// Splits into halves; the scaled low one stays clear of the smallest f16. What f16 cannot hold becomes NaN, which the next LayerNorm
-// reports.
-DEVICE void split_halves(float x, u16& high, u16& low) {
-    high = fabsf(x) <= 65504.0f ? to_f16(x) : 0x7fff;
-    low = to_f16((x - from_f16(high)) * LOW_SCALE);
-}
-
-// Where column `column` of a piece of 32 lies among its 32 halves. Lane t of four multiplies columns 4t..4t+3 of each half piece, in the
-// order 0, 2, 1, 3, in which masks take nibbles and bytes out of a word.
-DEVICE u32 half_index(u32 column) {
-    u32 j = column & 3;
-    return ((column >> 2) & 3) * 8 + (column >> 4 & 1) * 4 + (j == 1 ? 2 : j == 2 ? 1 : j);
-}
-
-// Four consecutive columns from a multiple of 4 on. Columns 2 s and 2 s + 1 of a piece are the halves of sequence s.
-DEVICE void put_activation(u8* halves, u32 sequence, u32 column, float4 x) {
-    u16 h[4], l[4];
-    split_halves(x.x, h[0], l[0]);
-    split_halves(x.y, h[1], l[1]);
-    split_halves(x.z, h[2], l[2]);
-    split_halves(x.w, h[3], l[3]);
-    u32* at = (u32*)(halves + (column / 32) * 512 + sequence * 128 + half_index(column & 31) * 2);
-    at[0] = h[0] | (u32)h[2] << 16;
-    at[1] = h[1] | (u32)h[3] << 16;
-    at[16] = l[0] | (u32)l[2] << 16;
-    at[17] = l[1] | (u32)l[3] << 16;
-}
-
-// Sums x of four neighbouring lanes, which hold 16 columns.
-DEVICE float sum_of_4(float x) {
-    x += __shfl_xor_sync(FULL, x, 1);
-    return x + __shfl_xor_sync(FULL, x, 2);
-}
-
-DEVICE u32 count_bits(u32 v) {
-    v -= v >> 1 & 0x55555555u;
-    v = (v & 0x33333333u) + (v >> 2 & 0x33333333u);
-    return (((v + (v >> 4)) & 0x0f0f0f0fu) * 0x01010101u) >> 24;
 }

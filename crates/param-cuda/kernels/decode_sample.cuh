@@ -1,5 +1,5 @@
-// Choosing the next token: every block finds the largest of the logits it computed, one block per sequence merges them and draws by the
-// rules of param-runtime's sampler, in f64 and in its order.
+// Choosing the next token: every block finds the largest of the logits it computed, one block merges them and draws by the rules of
+// param-runtime's sampler, in f64 and in its order.
 #pragma once
 #include "decode.cuh"
 
@@ -79,66 +79,53 @@ CALLED void select_largest(const u64* keys, u32 n, u32 k, u64* out, Small& small
 }
 
 // A block's candidates among tokens [begin, end), whose logits it wrote.
-CALLED void pick_own(const Decode& d, const Shared& s, u32 begin, u32 end, u32 rank, u32 n_block) {
-    u64* keys = (u64*)s.ring;
-    u32 n = end - begin;
-    for (u32 sequence = 0; sequence < d.n_sequence; sequence++) {
-        const Sampling& by = d.sampling[sequence];
-        const float* logits = d.logits + (u64)sequence * d.model.n_vocab;
-        for (u32 i = threadIdx.x; i < n; i += DECODE_THREADS) keys[i] = candidate(load_fresh(logits + begin + i), begin + i);
-        __syncthreads();
-        for (u32 i = threadIdx.x; i < by.n_penalty; i += DECODE_THREADS) {
-            Penalty p = by.penalties[i];
-            if (p.token < begin || p.token >= end) continue;
-            float logit = logit_of(keys[p.token - begin]);
-            keys[p.token - begin] = candidate(penalized(logit, by, p.count), p.token);
-        }
-        __syncthreads();
-        select_largest(keys, n, d.top_k, d.best + ((u64)sequence * n_block + rank) * d.top_k, *s.small);
+CALLED void pick_own(const Decode& d, u32 begin, u32 end, u32 rank, Small& small) {
+    const Sampling& by = *d.sampling;
+    for (u32 i = begin + threadIdx.x; i < end; i += DECODE_THREADS) d.keys[i] = candidate(d.logits[i], i);
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < by.n_penalty; i += DECODE_THREADS) {
+        Penalty p = by.penalties[i];
+        if (p.token >= begin && p.token < end) d.keys[p.token] = candidate(penalized(logit_of(d.keys[p.token]), by, p.count), p.token);
     }
+    __syncthreads();
+    select_largest(d.keys + begin, end - begin, d.top_k, d.best + (u64)rank * d.top_k, small);
 }
 
 // The likeliest of them.
-CALLED void pick_own_largest(const Decode& d, const Shared& s, u32 begin, u32 end, u32 rank, u32 n_block) {
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    for (u32 sequence = 0; sequence < d.n_sequence; sequence++) {
-        const float* logits = d.logits + (u64)sequence * d.model.n_vocab;
-        u64 best = 0;
-        for (u32 i = begin + threadIdx.x; i < end; i += DECODE_THREADS) {
-            u64 own = candidate(load_fresh(logits + i), i);
-            best = own > best ? own : best;
-        }
-        best = warp_largest(best);
-        if (lane == 0) s.small->best[sequence][warp] = best;
+CALLED void pick_own_largest(const Decode& d, u32 begin, u32 end, u32 rank, Small& small) {
+    u64 best = 0;
+    for (u32 i = begin + threadIdx.x; i < end; i += DECODE_THREADS) {
+        u64 own = candidate(d.logits[i], i);
+        best = own > best ? own : best;
     }
+    best = warp_largest(best);
+    if (threadIdx.x % WARP == 0) small.warps[threadIdx.x / WARP] = best;
     __syncthreads();
-    if (threadIdx.x >= d.n_sequence) return;
-    u64 best = 0;
-    for (u32 i = 0; i < DECODE_WARPS; i++) best = s.small->best[threadIdx.x][i] > best ? s.small->best[threadIdx.x][i] : best;
-    d.best[(u64)threadIdx.x * n_block + rank] = best;
+    if (threadIdx.x != 0) return;
+    for (u32 i = 1; i < DECODE_WARPS; i++) best = small.warps[i] > best ? small.warps[i] : best;
+    d.best[rank] = best;
 }
 
-DEVICE void accept(const Decode& d, u32 sequence, u64 chosen) {
-    if (!has_chance(chosen)) d.flags[sequence] |= NO_LOGITS;
-    u32 token = has_chance(chosen) ? token_of(chosen) : 0, step = d.step[sequence];
-    d.tokens[sequence] = token;
-    d.positions[sequence] += 1;
-    d.history[step % HISTORY * MAX_SEQUENCE + sequence] = token;
-    d.step[sequence] = step + 1;
+DEVICE void accept(const Decode& d, u64 chosen) {
+    if (!has_chance(chosen)) *d.flags |= NO_LOGITS;
+    u32 token = has_chance(chosen) ? token_of(chosen) : 0, step = d.state->step;
+    d.state->token = token;
+    d.state->position += 1;
+    d.history[step % HISTORY] = token;
+    d.state->step = step + 1;
 }
 
-// By the largest candidate of every block: one warp for each sequence.
-DEVICE void pick_largest(const Decode& d, u32 rank, u32 n_block) {
-    u32 sequence = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    if (rank != 0 || sequence >= d.n_sequence) return;
+DEVICE u64 load_fresh_key(const u64* p) { return (u64)load_fresh((const u32*)p + 1) << 32 | load_fresh((const u32*)p); }
+
+// By the largest candidate of every block: one warp.
+CALLED void pick_largest(const Decode& d, u32 n_block) {
     u64 best = 0;
-    for (u32 i = lane; i < n_block; i += WARP) {
-        const u32* at = (const u32*)(d.best + (u64)sequence * n_block + i);
-        u64 other = (u64)load_fresh(at + 1) << 32 | load_fresh(at);
+    for (u32 i = threadIdx.x; i < n_block; i += WARP) {
+        u64 other = load_fresh_key(d.best + i);
         best = other > best ? other : best;
     }
     best = warp_largest(best);
-    if (lane == 0) accept(d, sequence, best);
+    if (threadIdx.x == 0) accept(d, best);
 }
 
 // How many of the n likeliest top-p and min-p keep; `weights` are their probabilities, not normalized.
@@ -203,23 +190,14 @@ CALLED u64 draw(const Sampling& by, const u64* keys, u32 n, u32 k, double unifor
     return result;
 }
 
-// By the rules: block `sequence` for each sequence.
-CALLED void pick_by_rules(const Decode& d, const Shared& s, u32 rank, u32 n_block) {
-    for (u32 sequence = rank; sequence < d.n_sequence; sequence += n_block) {
-        const Sampling by = d.sampling[sequence];
-        u32 n = n_block * d.top_k, k = by.temperature == 0.0f ? 1 : by.top_k;
-        k = k < 1 ? 1 : k > d.top_k ? d.top_k : k;
-        u64* keys = (u64*)s.ring;
-        const u64* best = d.best + (u64)sequence * n;
-        bool fits = n * 8 <= DECODE_WARPS * RING * UNIT_BYTES;
-        for (u32 i = threadIdx.x; fits && i < n; i += DECODE_THREADS) {
-            const u32* at = (const u32*)(best + i);
-            keys[i] = (u64)load_fresh(at + 1) << 32 | load_fresh(at);
-        }
-        __syncthreads();
-        double uniform = d.uniforms[d.step[sequence] % HISTORY * MAX_SEQUENCE + sequence];
-        u64 chosen = draw(by, fits ? keys : best, n, k, uniform, *s.small);
-        if (threadIdx.x == 0) accept(d, sequence, chosen);
-        __syncthreads();
-    }
+// By the rules, among the candidates of all blocks: one block.
+CALLED void pick_by_rules(const Decode& d, u32 n_block, Small& small) {
+    const Sampling by = *d.sampling;
+    u32 n = n_block * d.top_k, k = by.temperature == 0.0f ? 1 : by.top_k;
+    k = k < 1 ? 1 : k > d.top_k ? d.top_k : k;
+    // Of other blocks' making: past the first-level cache.
+    for (u32 i = threadIdx.x; i < n; i += DECODE_THREADS) d.keys[i] = load_fresh_key(d.best + i);
+    __syncthreads();
+    u64 chosen = draw(by, d.keys, n, k, d.uniforms[d.state->step % HISTORY], small);
+    if (threadIdx.x == 0) accept(d, chosen);
 }

@@ -1,12 +1,9 @@
-//! One new token each for up to four sequences: everything from the embedding to the choice of the token stays on the GPU, so that steps
-//! can be queued ahead and the chosen tokens be read later.
+//! One new token of one sequence: everything from the embedding to the choice of the token is one kernel, so that steps can be queued ahead
+//! and the chosen tokens be read later.
 //!
-//! A step has four phases a block of the model (queries, keys, values and attention; output projection; up; down), then the head and the
-//! choice: 4 n_layer + 1 waits of the whole grid, 0.8 to 1.2 us each. Of param-0.5b in Q4_K with a head in Q6_K, on an H100 with 3 TB/s and
-//! 132 multiprocessors, memory alone takes: attention 1.0 MB and at 512 positions 1.6 MB of cache, 0.85 us; output 0.33 MB, 0.1 us; MoE
-//! up and down 4.0 MB each, 1.3 us; dense 1.3 MB each, 0.45 us; the head 81 MB, 27 us: 75 us a token, and 65 waits.
-//! What a layer reads whatever is routed where is asked for a layer ahead, the chosen experts' second half while the first is multiplied,
-//! and a block's first units are on their way to its shared memory while it waits; only the experts' first half is waited for in full.
+//! A step has five phases a block (queries, keys and values; attention; output projection; experts up; experts down), then the head and
+//! the choice: 5 n_layer + 1 waits of the whole grid. What it must read of param-0.5b in the default mix is 248 MB, 83 us at 3 TB/s; the
+//! waits, and what follows each before weights can be multiplied, come to about 2.5 us each: latency decides, not memory.
 
 use std::sync::Arc;
 
@@ -14,45 +11,29 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::caches::{CacheTable, Caches};
 use crate::device_model::DeviceModel;
-use crate::error::{Error, Result, within};
+use crate::error::{Result, within};
 use crate::kernel::{Arg, Grid, Kernel, Module};
 use crate::memory::{Buffer, Pinned};
 use crate::model::{Block, Model};
 use crate::sampling::{MAX_TOP_K, Rules, Sampling};
-use crate::stream::{Graph, Stream};
+use crate::stream::Stream;
 
 const PTX: &str = include_str!("../ptx/decode.ptx");
 
-/// Sequences that a step can run.
-pub const MAX_SEQUENCE: usize = 4;
 /// Steps that may be queued before the first one's token is read, and whose random numbers may be given ahead.
 pub const HISTORY: usize = 1024;
-const MAX_EXPERT: usize = 32;
 const MAX_SPLIT: usize = 16;
-const MAX_PART: usize = 4;
-/// Phases of a block of the model; the next number is the head's.
-const PHASES: u32 = 4;
+const MAX_USED: usize = 32;
 const THREADS: u32 = 512;
-const RING_BYTES: usize = 16 * 2 * 3840;
-const RED_BYTES: usize = 16896;
-const SMALL_BYTES: usize = 11264;
-const ROUTING_WORDS: usize = 1 + MAX_EXPERT * (1 + MAX_SEQUENCE);
+const RED_BYTES: usize = 4 * 4096;
+const SMALL_BYTES: usize = 12288;
 
-/// A LayerNorm had an input that was not finite, or an activation was beyond f16.
+/// A LayerNorm had an input that was not finite.
 pub const NOT_FINITE: u32 = 1;
 /// The position was beyond the cache.
 pub const NO_ROOM: u32 = 2;
 /// No token had a chance.
 pub const NO_LOGITS: u32 = 4;
-
-/// How the kernels are started: the same phases in both.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mode {
-    /// A kernel for each phase, queued as one graph.
-    Graph,
-    /// One kernel for the whole step, whose blocks wait for each other.
-    Persistent,
-}
 
 /// What follows the logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,73 +48,65 @@ pub enum Pick {
 
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]
+struct State {
+    token: u32,
+    position: u32,
+    slot: u32,
+    step: u32,
+}
+
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
 struct Decode {
     model: Model,
     caches: CacheTable,
-    tokens: u64,
-    positions: u64,
-    slots: u64,
+    state: u64,
     flags: u64,
-    step: u64,
     history: u64,
     barrier: u64,
     x: u64,
-    parts: u64,
+    q: u64,
     attended: u64,
     attended_sums: u64,
     hidden: u64,
-    hidden_sums: u64,
-    routing: u64,
     logits: u64,
+    keys: u64,
     best: u64,
     sampling: u64,
     uniforms: u64,
-    n_sequence: u32,
-    n_step: u32,
     pick: u32,
     top_k: u32,
 }
 
-#[derive(Debug)]
-struct Kernels {
-    token: Kernel,
-    phase: Kernel,
-    pick: Kernel,
-}
-
-/// The buffers of a step, and what was recorded to run it.
+/// The buffers of a step.
 #[derive(Debug)]
 pub struct Decoder {
-    model: Arc<DeviceModel>,
-    _caches: Arc<Caches>,
-    kernels: Kernels,
-    n_block: u32,
-    shared: u32,
+    kernel: Kernel,
+    grid: Grid,
     decode: Decode,
-    graphs: Vec<(Decode, Graph)>,
-    top_k: [usize; MAX_SEQUENCE],
-    n_chosen: [usize; MAX_SEQUENCE],
-    tokens: Buffer<u32>,
-    positions: Buffer<u32>,
-    slots: Buffer<u32>,
+    top_k: usize,
+    n_chosen: usize,
+    state: Buffer<State>,
+    logits: Buffer<f32>,
+    sampling: Rules,
     // The host looks at these, and writes random numbers, while steps run.
     flags: Pinned<u32>,
     history: Pinned<u32>,
-    logits: Buffer<f32>,
-    sampling: Rules,
     uniforms: Pinned<f64>,
-    // Only kernels look at these.
-    _words: [Buffer<u32>; 3],
+    // What the addresses in `decode` point to besides.
+    _model: Arc<DeviceModel>,
+    _caches: Arc<Caches>,
     _floats: [Buffer<f32>; 5],
-    _hidden: Buffer<u8>,
-    _best: Buffer<u64>,
+    _keys: [Buffer<u64>; 2],
+    _barrier: Buffer<u32>,
 }
 
 impl Decoder {
     /// For sequences whose keys and values are in `caches`.
     ///
     /// # Errors
-    /// [`Error::Limit`] for a model whose shape the kernels do not take, [`Error::OutOfMemory`], [`Error::Kernel`], [`Error::Call`].
+    /// [`crate::Error::Limit`] for a model whose shape the kernel does not take, [`crate::Error::OutOfMemory`],
+    /// [`crate::Error::Kernel`], [`crate::Error::Call`].
     ///
     /// # Panics
     /// If a block of the model was left out.
@@ -142,217 +115,143 @@ impl Decoder {
         let gpu = model.gpu();
         let dims = *model.model();
         assert!(model.blocks().iter().all(|block: &Block| block.down.data != 0 && block.q.data != 0));
-        let [n_embd, n_head, n_vocab, n_ff, n_expert] =
-            [dims.n_embd, dims.n_head, dims.n_vocab, dims.n_ff, dims.n_expert].map(|n| n as usize);
-        within("experts", n_expert, MAX_EXPERT)?;
-        within("a head's dimension", dims.head_dim as usize, 256)?;
-        within("of a head's dimension beyond a multiple of 8", dims.head_dim as usize % 8, 0)?;
-        let stride = n_embd.next_multiple_of(32);
-        let shared = RING_BYTES + RED_BYTES + stride * 33 + 48 * dims.head_dim as usize + SMALL_BYTES;
+        let [n_embd, n_head, n_vocab, n_ff, n_expert, n_used, head_dim] =
+            [dims.n_embd, dims.n_head, dims.n_vocab, dims.n_ff, dims.n_expert, dims.n_used, dims.head_dim]
+                .map(|n| n as usize);
+        within("experts", n_expert, 256)?;
+        within("experts a token", n_used, MAX_USED)?;
+        within("a head's dimension", head_dim, 256)?;
+        within("of a head's dimension beyond a multiple of 8", head_dim % 8, 0)?;
+        let hidden = n_used.max(1) * n_ff.next_multiple_of(32);
+        let length = n_embd.next_multiple_of(32).max(hidden);
+        // Activations in f32 and two times in bytes, the router, scales, sums.
+        let shared = length * 6 + n_expert * n_embd * 4 + length / 32 * 4 + length / 16 * 4 + RED_BYTES + SMALL_BYTES;
         within("bytes of shared memory", shared, gpu.max_shared())?;
 
-        let module = Module::load(gpu, PTX)?;
-        let kernel = |name| {
-            let kernel = module.kernel(name)?;
-            kernel.allow_shared(shared as u32)?;
-            Ok::<_, Error>(kernel)
-        };
-        let kernels =
-            Kernels { token: kernel("decode_token")?, phase: kernel("decode_phase")?, pick: kernel("decode_pick")? };
+        let kernel = Module::load(gpu, PTX)?.kernel("decode_token")?;
+        kernel.allow_shared(shared as u32)?;
         let n_block = gpu.n_multiprocessor();
-        // A block's share of the vocabulary is sorted where its weights were.
-        within("tokens for each multiprocessor", (n_vocab.div_ceil(16)).div_ceil(n_block) * 16, RING_BYTES / 8)?;
-
-        let words = |n| gpu.alloc::<u32>(WHAT, n);
         let floats = |n| gpu.alloc::<f32>(WHAT, n);
-        let n_active = n_expert.max(1);
-        let padded = n_ff.next_multiple_of(32);
-        let (tokens, positions, slots) = (words(MAX_SEQUENCE)?, words(MAX_SEQUENCE)?, words(MAX_SEQUENCE)?);
-        let flags = gpu.pinned::<u32>(WHAT, MAX_SEQUENCE)?;
-        let history = gpu.pinned::<u32>(WHAT, HISTORY * MAX_SEQUENCE)?;
-        let only_words = [words(MAX_SEQUENCE)?, words(2)?, words(ROUTING_WORDS)?];
-        let only_floats = [
-            floats(2 * MAX_SEQUENCE * stride)?,
-            floats(MAX_PART * MAX_SEQUENCE * stride)?,
-            floats(MAX_SPLIT * MAX_SEQUENCE * n_embd)?,
-            floats(MAX_SPLIT * MAX_SEQUENCE * n_head * 2)?,
-            floats(n_active * padded / 16 * MAX_SEQUENCE)?,
+        let floats = [
+            floats(n_embd)?,
+            floats(n_embd)?,
+            floats(MAX_SPLIT * n_embd)?,
+            floats(MAX_SPLIT * n_head * 2)?,
+            floats(hidden)?,
         ];
-        let hidden = gpu.alloc::<u8>(WHAT, n_active * padded / 32 * 512)?;
-        let best = gpu.alloc::<u64>(WHAT, MAX_SEQUENCE * n_block * MAX_TOP_K)?;
-        let logits = floats(MAX_SEQUENCE * n_vocab)?;
-        let sampling = Rules::new(gpu, MAX_SEQUENCE)?;
-        let uniforms = gpu.pinned::<f64>(WHAT, HISTORY * MAX_SEQUENCE)?;
+        let n_candidate = n_block * MAX_TOP_K;
+        let keys = [gpu.alloc::<u64>(WHAT, n_vocab.max(n_candidate))?, gpu.alloc::<u64>(WHAT, n_candidate)?];
+        let barrier = gpu.alloc::<u32>(WHAT, 2)?;
+        let state = gpu.alloc::<State>(WHAT, 1)?;
+        let logits = gpu.alloc::<f32>(WHAT, n_vocab)?;
+        let sampling = Rules::new(gpu, 1)?;
+        let flags = gpu.pinned::<u32>(WHAT, 1)?;
+        let history = gpu.pinned::<u32>(WHAT, HISTORY)?;
+        let uniforms = gpu.pinned::<f64>(WHAT, HISTORY)?;
+        let [x, q, attended, attended_sums, hidden] = [0, 1, 2, 3, 4].map(|i: usize| floats[i].address());
         let decode = Decode {
             model: dims,
             caches: caches.table(),
-            tokens: tokens.address(),
-            positions: positions.address(),
-            slots: slots.address(),
+            state: state.address(),
             flags: flags.address(),
-            step: only_words[0].address(),
             history: history.address(),
-            barrier: only_words[1].address(),
-            x: only_floats[0].address(),
-            parts: only_floats[1].address(),
-            attended: only_floats[2].address(),
-            attended_sums: only_floats[3].address(),
-            hidden: hidden.address(),
-            hidden_sums: only_floats[4].address(),
-            routing: only_words[2].address(),
+            barrier: barrier.address(),
+            x,
+            q,
+            attended,
+            attended_sums,
+            hidden,
             logits: logits.address(),
-            best: best.address(),
+            keys: keys[0].address(),
+            best: keys[1].address(),
             sampling: sampling.address(),
             uniforms: uniforms.address(),
-            ..Decode::default()
+            pick: 0,
+            top_k: 1,
         };
         Ok(Decoder {
-            model: Arc::clone(model),
-            _caches: Arc::clone(caches),
-            kernels,
-            n_block: n_block as u32,
-            shared: shared as u32,
+            kernel,
+            grid: Grid { blocks: [n_block as u32, 1, 1], threads: THREADS, shared: shared as u32 },
             decode,
-            graphs: Vec::new(),
-            top_k: [1; MAX_SEQUENCE],
-            n_chosen: [0; MAX_SEQUENCE],
-            tokens,
-            positions,
-            slots,
-            flags,
-            history,
+            top_k: 1,
+            n_chosen: 0,
+            state,
             logits,
             sampling,
+            flags,
+            history,
             uniforms,
-            _words: only_words,
-            _floats: only_floats,
-            _hidden: hidden,
-            _best: best,
+            _model: Arc::clone(model),
+            _caches: Arc::clone(caches),
+            _floats: floats,
+            _keys: keys,
+            _barrier: barrier,
         })
     }
 
-    /// Sequence `sequence` of the steps that follow is the one whose keys and values are number `slot` of the caches; `token` runs next,
-    /// at `position`. Waits for the GPU.
+    /// `token` runs next, at `position` of the sequence whose keys and values are number `slot` of the caches. Waits for the GPU.
     ///
     /// # Errors
-    /// [`Error::Call`].
+    /// [`crate::Error::Call`].
     ///
     /// # Panics
-    /// For a sequence, slot, token or position there is none of.
-    pub fn set(&mut self, sequence: usize, slot: usize, token: u32, position: usize) -> Result<()> {
+    /// For a slot, token or position there is none of.
+    pub fn set(&mut self, slot: usize, token: u32, position: usize) -> Result<()> {
         let Decode { model, caches, .. } = &self.decode;
-        assert!(sequence < MAX_SEQUENCE && slot < caches.n_sequence as usize && token < model.n_vocab);
+        assert!(slot < caches.n_sequence as usize && token < model.n_vocab);
         assert!(position < caches.n_ctx as usize && position < model.n_ctx as usize);
-        self.slots.write(sequence, &[slot as u32])?;
-        self.tokens.write(sequence, &[token])?;
-        self.positions.write(sequence, &[position as u32])?;
-        self.flags.set(sequence, 0);
+        let step = self.n_chosen as u32;
+        self.state.write(0, &[State { token, position: position as u32, slot: slot as u32, step }])?;
+        self.flags.set(0, 0);
         Ok(())
     }
 
-    /// How [`Pick::Sample`] draws for a sequence. Waits for the GPU.
+    /// How [`Pick::Sample`] draws. Waits for the GPU if anything is new.
     ///
     /// # Errors
-    /// [`Error::Limit`] for a `top_k` that is 0 or more than [`MAX_TOP_K`], or more than [`MAX_PENALTY`] penalties; [`Error::Call`].
-    pub fn set_sampling(&mut self, sequence: usize, sampling: &Sampling) -> Result<()> {
-        self.sampling.set(sequence, sampling)?;
-        self.top_k[sequence] = if sampling.temperature == 0.0 { 1 } else { sampling.top_k };
+    /// [`crate::Error::Limit`] for a `top_k` that is 0 or more than [`MAX_TOP_K`], or too many penalties; [`crate::Error::Call`].
+    pub fn set_sampling(&mut self, sampling: &Sampling) -> Result<()> {
+        self.sampling.set(0, sampling)?;
+        self.top_k = if sampling.temperature == 0.0 { 1 } else { sampling.top_k };
         Ok(())
     }
 
-    /// The random number in [0, 1) that the next step to be queued draws with, for a sequence. At most [`HISTORY`] steps whose tokens
-    /// were not waited for may be queued.
-    pub fn set_uniform(&mut self, sequence: usize, uniform: f64) {
-        self.uniforms.set(self.n_chosen[sequence] % HISTORY * MAX_SEQUENCE + sequence, uniform);
+    /// The random number in [0, 1) that the next step to be queued draws with. At most [`HISTORY`] steps whose tokens were not waited for
+    /// may be queued.
+    pub fn set_uniform(&mut self, uniform: f64) {
+        self.uniforms.set(self.n_chosen % HISTORY, uniform);
     }
 
-    /// Queues `n_step` tokens each for sequences 0 to `n_sequence`.
+    /// Queues a token.
     ///
     /// # Errors
-    /// [`Error::Kernel`], [`Error::Call`].
-    ///
-    /// # Panics
-    /// If there are no or too many sequences.
-    pub fn step(&mut self, stream: &Stream, n_sequence: usize, n_step: usize, mode: Mode, pick: Pick) -> Result<()> {
-        assert!((1..=MAX_SEQUENCE).contains(&n_sequence));
-        let top_k = match pick {
-            Pick::Logits | Pick::Greedy => 1,
-            Pick::Sample => self.top_k[..n_sequence].iter().copied().max().unwrap_or(1),
-        };
-        let decode =
-            Decode { n_sequence: n_sequence as u32, n_step: 1, pick: pick as u32, top_k: top_k as u32, ..self.decode };
-        match mode {
-            Mode::Persistent => {
-                let decode = Decode { n_step: n_step as u32, ..decode };
-                // SAFETY: the kernel's arguments; the buffers in them live as long as `self`, and freeing them waits for the GPU.
-                unsafe { self.kernels.token.launch_cooperative(stream, self.grid(), &[Arg::value(decode)])? };
-            }
-            Mode::Graph => {
-                let known = |graphs: &[(Decode, Graph)]| {
-                    graphs.iter().position(|(of, _)| bytemuck::bytes_of(of) == bytemuck::bytes_of(&decode))
-                };
-                let at = match known(&self.graphs) {
-                    Some(at) => at,
-                    None => {
-                        let graph = stream.capture(|stream| self.queue(stream, decode))?;
-                        self.graphs.push((decode, graph));
-                        self.graphs.len() - 1
-                    }
-                };
-                for _ in 0..n_step {
-                    // SAFETY: as above.
-                    unsafe { self.graphs[at].1.launch(stream)? };
-                }
-            }
-        }
-        if pick != Pick::Logits {
-            self.n_chosen[..n_sequence].iter_mut().for_each(|n| *n += n_step);
-        }
+    /// [`crate::Error::Kernel`].
+    pub fn step(&mut self, stream: &Stream, pick: Pick) -> Result<()> {
+        let top_k = if pick == Pick::Sample { self.top_k as u32 } else { 1 };
+        let decode = Decode { pick: pick as u32, top_k, ..self.decode };
+        // SAFETY: the kernel's argument; the buffers in it live as long as `self`, and freeing them waits for the GPU.
+        unsafe { self.kernel.launch_cooperative(stream, self.grid, &[Arg::value(decode)])? };
+        self.n_chosen += usize::from(pick != Pick::Logits);
         Ok(())
     }
 
-    fn grid(&self) -> Grid {
-        Grid { blocks: [self.n_block, 1, 1], threads: THREADS, shared: self.shared }
+    /// Tokens chosen by all steps queued so far.
+    pub fn n_chosen(&self) -> usize {
+        self.n_chosen
     }
 
-    /// The phases as kernels of their own.
-    fn queue(&self, stream: &Stream, decode: Decode) -> Result<()> {
-        let phase = |phase: u32, layer: u32| {
-            let args = [Arg::value(decode), Arg::value(phase), Arg::value(layer)];
-            // SAFETY: the kernel's arguments; the buffers in them live as long as `self`, and freeing them waits for the GPU.
-            unsafe { self.kernels.phase.launch(stream, self.grid(), &args) }
-        };
-        let n_layer = self.model.model().n_layer;
-        for layer in 0..n_layer {
-            (0..PHASES).try_for_each(|i| phase(i, layer))?;
-        }
-        phase(PHASES, n_layer)?;
-        if decode.pick != Pick::Logits as u32 {
-            let grid = Grid { blocks: [decode.n_sequence, 1, 1], ..self.grid() };
-            // SAFETY: as above.
-            unsafe { self.kernels.pick.launch(stream, grid, &[Arg::value(decode), Arg::value(self.n_block)])? };
-        }
-        Ok(())
+    /// The token that step `step` chose, counted from 0, once an event after it has passed; forgotten after [`HISTORY`] more.
+    pub fn chosen(&self, step: usize) -> u32 {
+        self.history.get(step % HISTORY)
     }
 
-    /// Tokens chosen for a sequence by all steps queued so far.
-    pub fn n_chosen(&self, sequence: usize) -> usize {
-        self.n_chosen[sequence]
-    }
-
-    /// The token that step `step` of a sequence chose, counted from 0, once an event after it has passed; forgotten after [`HISTORY`]
-    /// more.
-    pub fn chosen(&self, sequence: usize, step: usize) -> u32 {
-        self.history.get(step % HISTORY * MAX_SEQUENCE + sequence)
-    }
-
-    /// What the newest step left: [n_sequence, n_vocab].
+    /// What the newest step left: [n_vocab].
     pub fn logits(&self) -> &Buffer<f32> {
         &self.logits
     }
 
-    /// [`NOT_FINITE`], [`NO_ROOM`] and [`NO_LOGITS`] of a sequence since [`Decoder::set`], by the steps that have passed.
-    pub fn flags(&self, sequence: usize) -> u32 {
-        self.flags.get(sequence)
+    /// [`NOT_FINITE`], [`NO_ROOM`] and [`NO_LOGITS`] since [`Decoder::set`], by the steps that have passed.
+    pub fn flags(&self) -> u32 {
+        self.flags.get(0)
     }
 }

@@ -18,13 +18,11 @@ pub enum Device {
 /// How a GPU that holds the whole model runs single tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum GpuDecode {
-    /// As is fastest for so many sequences.
+    /// One sequence by one kernel for the whole token, several by the graph.
     #[default]
     Auto,
-    /// A kernel for each phase, launched together as a graph.
+    /// The kernels that run prompts, launched together as a graph.
     Graph,
-    /// One kernel for the whole token, whose blocks wait for each other.
-    Persistent,
 }
 
 /// How a model is opened. The default runs it on the CPU.

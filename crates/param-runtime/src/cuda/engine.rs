@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use param_cuda::sampling::MAX_TOP_K;
 use param_cuda::{Caches, Forward, Row, Stream};
 
 use super::GpuModel;
@@ -13,8 +14,8 @@ use crate::error::{Error, Result, resize};
 use crate::forward::Span;
 use crate::kv_cache::CacheType;
 use crate::model::Model;
-use crate::placement::Placement;
-use crate::sampler::Sampler;
+use crate::placement::{GpuDecode, Placement};
+use crate::sampler::{Sampler, SamplerOptions};
 
 /// Rows of logits computed at once: as many sequences as are decoded together without cutting a step in two.
 const N_LOGITS: usize = 256;
@@ -23,7 +24,7 @@ const N_LOGITS: usize = 256;
 pub(crate) struct GpuEngine {
     stream: Stream,
     forward: Forward,
-    /// Where the GPU holds the whole model: for a few sequences, and for many, or any in a model that is not for those kernels.
+    /// Where the GPU holds the whole model: for one sequence, and for several, or one of a model that is not for that kernel.
     decoding: Option<Decoding>,
     together: Option<Together>,
     /// What the CPU does of it.
@@ -52,7 +53,11 @@ impl GpuEngine {
         let stream = Stream::new(gpu.gpu())?;
         Ok(GpuEngine {
             forward: Forward::new(&gpu.device, &caches, sizes.n_batch, n_logits_max)?,
-            decoding: if is_whole { Decoding::new(&gpu.device, &caches, gpu.decode)? } else { None },
+            decoding: match gpu.decode {
+                GpuDecode::Graph => None,
+                _ if is_whole => Decoding::new(&gpu.device, &caches)?,
+                _ => None,
+            },
             together: if is_whole { Some(Together::new(&stream, n_logits_max, config.n_vocab)?) } else { None },
             stream,
             cpu: if is_whole { None } else { Some(CpuEngine::new(model, sizes, available)?) },
@@ -75,8 +80,8 @@ impl GpuEngine {
     pub fn run(&mut self, model: &Model, spans: &[Span], tokens: &[u32]) -> Result<()> {
         self.is_decoded = false;
         if let Some(decoding) = &mut self.decoding {
-            if spans.len() == tokens.len() && decoding.fits(spans.len()) {
-                decoding.run(&self.stream, spans, tokens)?;
+            if let (&[span], &[token]) = (spans, tokens) {
+                decoding.run(&self.stream, span, token)?;
                 self.is_decoded = true;
                 return Ok(());
             }
@@ -114,10 +119,7 @@ impl GpuEngine {
         resize("the logits", &mut self.logits, (at + rows.len()).saturating_mul(self.n_vocab))?;
         let mut left = &mut self.logits[at * self.n_vocab..];
         if let (true, Some(decoding)) = (self.is_decoded, &self.decoding) {
-            for (&row, out) in rows.iter().zip(left.chunks_exact_mut(self.n_vocab)) {
-                decoding.read_logits(row, out)?;
-            }
-            return decoding.check();
+            return decoding.read_logits(left);
         }
         for rows in rows.chunks(self.n_logits_max) {
             let wanted: Vec<u32> = rows.iter().map(|&row| row as u32).collect();
@@ -137,14 +139,13 @@ impl GpuEngine {
 
     /// Whether it can choose tokens as these samplers would.
     pub fn can_sample(&self, samplers: &[Sampler]) -> bool {
-        self.together.as_ref().is_some_and(|together| together.fits(samplers.len()))
-            && samplers.iter().all(Decoding::can_sample)
+        self.together.as_ref().is_some_and(|together| together.fits(samplers.len())) && samplers.iter().all(can_sample)
     }
 
     /// Runs the last token of each context and chooses the next.
     pub fn run_and_sample(&mut self, requests: &mut [Request<'_>]) -> Result<Vec<u32>> {
         match (&mut self.decoding, &mut self.together) {
-            (Some(decoding), _) if decoding.fits(requests.len()) => decoding.sample(&self.stream, requests),
+            (Some(decoding), _) if requests.len() == 1 => Ok(vec![decoding.sample(&self.stream, &mut requests[0])?]),
             (decoding, Some(together)) => {
                 if let Some(decoding) = decoding {
                     decoding.forget();
@@ -199,6 +200,12 @@ impl GpuEngine {
         }
         Ok(())
     }
+}
+
+/// Whether the GPU can choose as the sampler would.
+fn can_sample(sampler: &Sampler) -> bool {
+    let SamplerOptions { temperature, top_k, .. } = *sampler.options();
+    temperature == 0.0 || (1..=MAX_TOP_K).contains(&top_k)
 }
 
 /// Rows of tokens, span by span.
