@@ -5,6 +5,7 @@
 
 #define DECODE_THREADS 512
 #define DECODE_WARPS (DECODE_THREADS / WARP)
+#define MAX_EXPERT 32
 #define MAX_USED 32
 #define MAX_SPLIT 16
 // Positions of the past that are worth a block of their own.
@@ -13,7 +14,8 @@
 #define MAX_TOP_K 256
 #define MINUS_INFINITY __uint_as_float(0xff800000u)
 
-// Not inlined: one copy for all phases stays in the instruction cache, which is what a token's thousand short steps hang on.
+// Not inlined: what runs once a token. All else is there once, in a loop over phases, so that it stays in the instruction cache; a call
+// would cost it registers.
 #define CALLED static __device__ __noinline__
 
 // Flags of the sequence.
@@ -65,6 +67,7 @@ struct Decode {
     u64* best;            // [n_block, top_k] candidates of every block
     const Sampling* sampling;
     const double* uniforms; // [HISTORY] in [0, 1), one for each step
+    const u32* shares;      // [N_SHARE, n_block + 1]: where each block's rows begin
     u32 pick;
     u32 top_k;
 };
@@ -76,22 +79,30 @@ struct Routing {
     float weight[MAX_USED];
 };
 
+// Phases between which every block waits for all.
+enum Phase { PHASE_QKV, PHASE_ATTENTION, PHASE_OUT, PHASE_UP, PHASE_DOWN, PHASE_HEAD };
+// Which of a block's shares of rows: of n_embd, of n_used n_ff, of n_ff, of n_vocab, and of 1 to 3 times n_embd.
+enum Share { SHARE_EMBD, SHARE_USED_FF, SHARE_FF, SHARE_VOCAB, SHARE_2_EMBD, SHARE_3_EMBD, N_SHARE };
+
 // Rows [begin, end) of matrices of one shape and format that lie one upon the other, or side by side, when each row goes on in the next.
 struct Job {
-    const u8* bases[MAX_USED];
+    const Matrix* matrix; // the first of several, or the stack that `expert` counts in
+    const u32* expert;    // null of several
     u32 n_matrix, n_row, n_col, format;
-    u32 side_by_side;
+    bool side_by_side;
     u32 begin, end;
+    DEVICE const u8* base(u32 i) const { return expert ? matrix->data + expert[i] * matrix->matrix_bytes : matrix[i].data; }
 };
 
 struct Small {
     Decode decode;
-    Block block;
+    Block blocks[2]; // of this layer and the next
+    Matrix head;
     Routing routing;
-    Job job;
     State state;
-    float stats[2][DECODE_WARPS];
-    float router_logits[256];
+    u32 shares[N_SHARE][2];
+    alignas(16) float stats[2][DECODE_WARPS];
+    float router_logits[MAX_EXPERT];
     u64 warps[DECODE_WARPS];
     u32 histogram[256];
     u32 select[8];
@@ -115,6 +126,7 @@ struct Shared {
     u32* high;     // [length / 4] of four bytes: activation = scale (256 high + low)
     u32* low;
     float* router; // [n_expert, n_embd] of the next MoE block
+    float* norm;   // [2, n_embd] scale and shift of the next LayerNorm
 };
 
 DEVICE u32 padded(u32 n) { return (n + 31) / 32 * 32; }
@@ -126,7 +138,8 @@ DEVICE Shared shared_of(u8* memory, const Model& m) {
     s.low = s.high + length / 4;
     s.x = (float*)(s.low + length / 4);
     s.router = s.x + length;
-    s.red = s.router + m.n_expert * m.n_embd;
+    s.norm = s.router + m.n_expert * m.n_embd;
+    s.red = s.norm + 2 * m.n_embd;
     s.small = (Small*)(s.red + RED_LENGTH);
     // Last, as their lengths are no multiples of 16 bytes.
     s.scales = (float*)((u8*)s.small + SMALL_BYTES);

@@ -34,7 +34,7 @@ template <bool F32> DEVICE void unpack(const Eight<F32>& e, float (&v)[8]) {
     }
 }
 
-template <bool F32> CALLED void attend(const Shared& s, u32 layer, u32 head, u32 split, u32 n_split) {
+template <bool F32> DEVICE void attend(const Shared& s, u32 layer, u32 head, u32 split, u32 n_split) {
     enum { UNROLL = 2 };
     const Decode& d = s.small->decode;
     const Model& m = d.model;
@@ -132,31 +132,22 @@ template <bool F32> CALLED void attend(const Shared& s, u32 layer, u32 head, u32
     __syncthreads();
 }
 
-// Brings the parts together in s.x.
-CALLED void gather_attended(const Shared& s, u32 n_split, bool round) {
+// Four columns of the parts brought together.
+DEVICE float4 attended(const Shared& s, u32 column, u32 n_split) {
     const Decode& d = s.small->decode;
-    const u32 n = d.model.n_embd, n_head = d.model.n_head, head_dim = d.model.head_dim;
-#pragma unroll 1
-    for (u32 i = threadIdx.x * 4; i < padded(n); i += DECODE_THREADS * 4) {
-        float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (i < n) {
-            u32 head = i / head_dim;
-            float maximum = MINUS_INFINITY, total = 0.0f;
-#pragma unroll 1
-            for (u32 split = 0; split < n_split; split++) {
-                const float* sums = d.attended_sums + (split * n_head + head) * 2;
-                float best = load_fresh(sums), sum = load_fresh(sums + 1);
-                float4 part = load_fresh4(d.attended + split * n + i);
-                float newest = fmaxf(maximum, best), old = split == 0 ? 0.0f : exp2_fast(maximum - newest), p = exp2_fast(best - newest);
-                o = make_float4(fmaf(o.x, old, p * part.x), fmaf(o.y, old, p * part.y), fmaf(o.z, old, p * part.z), fmaf(o.w, old, p * part.w));
-                total = fmaf(total, old, p * sum);
-                maximum = newest;
-            }
-            float inverse = 1.0f / total;
-            o = make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse);
-        }
-        *(float4*)(s.x + i) = o;
+    const u32 n = d.model.n_embd, n_head = d.model.n_head, head = column / d.model.head_dim;
+    float4 o = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    float maximum = MINUS_INFINITY, total = 0.0f;
+#pragma unroll 2
+    for (u32 split = 0; split < n_split; split++) {
+        const float* sums = d.attended_sums + (split * n_head + head) * 2;
+        float best = load_fresh(sums), sum = load_fresh(sums + 1);
+        float4 part = load_fresh4(d.attended + split * n + column);
+        float newest = fmaxf(maximum, best), old = split == 0 ? 0.0f : exp2_fast(maximum - newest), p = exp2_fast(best - newest);
+        o = make_float4(fmaf(o.x, old, p * part.x), fmaf(o.y, old, p * part.y), fmaf(o.z, old, p * part.z), fmaf(o.w, old, p * part.w));
+        total = fmaf(total, old, p * sum);
+        maximum = newest;
     }
-    if (round) round_activations(s, padded(n));
-    __syncthreads();
+    float inverse = 1.0f / total;
+    return make_float4(o.x * inverse, o.y * inverse, o.z * inverse, o.w * inverse);
 }

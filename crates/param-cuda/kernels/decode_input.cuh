@@ -37,9 +37,9 @@ CALLED float weight_of(const Matrix& m, u32 row, u32 column) {
     }
 }
 
-// Rounds s.x [n], n a multiple of 32, to 15 bits with a scale for every 32. A thread looks at what it wrote itself: every fourth
-// quad of four from its own on.
-CALLED void round_activations(const Shared& s, u32 n) {
+// Rounds s.x [n], n a multiple of 32, to 15 bits with a scale for every 32. A thread looks at what it wrote itself: quad after quad of
+// columns, from its own on.
+DEVICE void round_activations(const Shared& s, u32 n) {
     u32 lane = threadIdx.x % WARP;
 #pragma unroll 1
     for (u32 quad = threadIdx.x; quad - lane < n / 4; quad += DECODE_THREADS) {
@@ -53,10 +53,12 @@ CALLED void round_activations(const Shared& s, u32 n) {
         int sum = a + b + c + d;
         sum += __shfl_xor_sync(FULL, sum, 1);
         sum += __shfl_xor_sync(FULL, sum, 2);
-        int ah = (a + 128) >> 8, bh = (b + 128) >> 8, ch = (c + 128) >> 8, dh = (d + 128) >> 8;
+        // Carries of the rounding to bytes: the high one is that of the number plus 128.
+        int h = (a + 128 >> 8 & 255) | (b + 128 >> 8 & 255) << 8 | (c + 128 >> 8 & 255) << 16 | (d + 128 >> 8 & 255) << 24;
+        int l = (a & 255) | (b & 255) << 8 | (c & 255) << 16 | (d & 255) << 24;
         if (inside) {
-            s.high[quad] = (u32)(ah & 255) | (u32)(bh & 255) << 8 | (u32)(ch & 255) << 16 | (u32)(dh & 255) << 24;
-            s.low[quad] = (u32)(a & 255) | (u32)(b & 255) << 8 | (u32)(c & 255) << 16 | (u32)(d & 255) << 24;
+            s.high[quad] = (u32)h;
+            s.low[quad] = (u32)l;
             if (quad % 8 == 0) s.scales[quad / 8] = scale;
             if (quad % 4 == 0) s.sums[quad / 4] = scale * (float)sum;
         }
@@ -80,32 +82,22 @@ DEVICE float block_sum(const Shared& s, float x, u32 which) {
     return sum;
 }
 
-// LayerNorm of the residual stream to s.x, as integers too if wanted. In the first block of the model the stream is made of the
-// embeddings, and each block of the grid keeps its share [begin, end).
-CALLED void normalize(const Shared& s, Norm norm, bool embed, bool round, u32 begin, u32 end) {
+// Four columns of token plus position embedding; a block keeps those of its share [begin, end).
+CALLED float4 embedding(const Shared& s, u32 column, u32 begin, u32 end) {
     const Decode& d = s.small->decode;
-    const u32 n = d.model.n_embd, n_padded = padded(n);
-    float sum = 0.0f;
-#pragma unroll 1
-    for (u32 i = threadIdx.x * 4; i < n_padded; i += DECODE_THREADS * 4) {
-        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (i < n) {
-            if (embed) {
-                const float* p = d.model.position_embd + (u64)s.small->state.position * n + i;
-#pragma unroll 1
-                for (u32 k = 0; k < 4; k++) {
-                    float x = p[k] + weight_of(d.model.token_embd, s.small->state.token, i + k);
-                    s.x[i + k] = x;
-                    if (i + k >= begin && i + k < end) d.x[i + k] = x;
-                }
-                v = *(const float4*)(s.x + i);
-            } else {
-                v = load_fresh4(d.x + i);
-            }
-        }
-        *(float4*)(s.x + i) = v;
-        sum += (v.x + v.y) + (v.z + v.w);
+    float4 v = *(const float4*)(d.model.position_embd + (u64)s.small->state.position * d.model.n_embd + column);
+    float x[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[i] += weight_of(d.model.token_embd, s.small->state.token, column + i);
+        if (column + i >= begin && column + i < end) d.x[column + i] = x[i];
     }
+    return make_float4(x[0], x[1], x[2], x[3]);
+}
+
+// LayerNorm of s.x [n], whose sum over a thread's columns is `sum`; s.norm holds its parameters.
+DEVICE void normalize(const Shared& s, u32 n, float sum) {
+    const Decode& d = s.small->decode;
     float mean = block_sum(s, sum, 0) / (float)n, squares = 0.0f;
 #pragma unroll 1
     for (u32 i = threadIdx.x * 4; i < n; i += DECODE_THREADS * 4) {
@@ -118,34 +110,24 @@ CALLED void normalize(const Shared& s, Norm norm, bool embed, bool round, u32 be
     if (blockIdx.x == 0 && threadIdx.x == 0 && !(scale > 0.0f)) *d.flags |= NOT_FINITE;
 #pragma unroll 1
     for (u32 i = threadIdx.x * 4; i < n; i += DECODE_THREADS * 4) {
-        float4 v = *(const float4*)(s.x + i), w = *(const float4*)(norm.scale + i), b = *(const float4*)(norm.shift + i);
+        float4 v = *(const float4*)(s.x + i), w = *(const float4*)(s.norm + i), b = *(const float4*)(s.norm + n + i);
         *(float4*)(s.x + i) = make_float4(fmaf((v.x - mean) * scale, w.x, b.x), fmaf((v.y - mean) * scale, w.y, b.y),
                                           fmaf((v.z - mean) * scale, w.z, b.z), fmaf((v.w - mean) * scale, w.w, b.w));
     }
-    if (round) round_activations(s, n_padded);
-    __syncthreads();
 }
 
-// A row of another block's making to s.x.
-CALLED void gather(const Shared& s, const float* from, u32 n, bool round) {
-#pragma unroll 2
-    for (u32 i = threadIdx.x * 4; i < n; i += DECODE_THREADS * 4) *(float4*)(s.x + i) = load_fresh4(from + i);
-    if (round) round_activations(s, n);
-    __syncthreads();
-}
-
-// Chooses the experts of what normalize() left: those of largest logit plus selection bias, the lower index first among equals, weighted
-// by a softmax over the chosen logits without it. s.router holds the router.
-CALLED void route(const Shared& s) {
+// Chooses the experts of s.x: those of largest logit plus selection bias, the lower index first among equals, weighted by a softmax over
+// the chosen logits without it. s.router holds the router.
+DEVICE void route(const Shared& s, const float* bias) {
     const Model& m = s.small->decode.model;
     Routing& routing = s.small->routing;
-    const float* bias = s.small->block.selection_bias;
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+#pragma unroll 1
     for (u32 expert = warp; expert < m.n_expert; expert += DECODE_WARPS) {
         float sum = 0.0f;
 #pragma unroll 2
         for (u32 i = lane * 4; i < m.n_embd; i += WARP * 4) {
-            float4 w = *(const float4*)(s.router + (u64)expert * m.n_embd + i), v = *(const float4*)(s.x + i);
+            float4 w = *(const float4*)(s.router + expert * m.n_embd + i), v = *(const float4*)(s.x + i);
             sum = fmaf(w.x, v.x, fmaf(w.y, v.y, fmaf(w.z, v.z, fmaf(w.w, v.w, sum))));
         }
         sum = warp_sum(sum);
@@ -153,32 +135,22 @@ CALLED void route(const Shared& s) {
     }
     __syncthreads();
     if (warp == 0) {
-        float first = 0.0f, total = 0.0f;
-#pragma unroll 1
-        for (u32 k = 0; k < m.n_used; k++) {
-            u32 best = 0xffffffffu;
-            float most = MINUS_INFINITY;
-            for (u32 e = lane; e < m.n_expert; e += WARP) {
-                bool taken = false;
-                for (u32 i = 0; i < k; i++) taken = taken || routing.expert[i] == e;
-                float score = s.small->router_logits[e] + (bias ? bias[e] : 0.0f);
-                // NaN is no more than anything, but something has to be chosen.
-                if (!taken && (best == 0xffffffffu || score > most)) best = e, most = score;
-            }
-#pragma unroll
-            for (int i = WARP / 2; i > 0; i /= 2) {
-                float other = __shfl_xor_sync(FULL, most, i);
-                u32 who = __shfl_xor_sync(FULL, best, i);
-                bool better = best == 0xffffffffu || (who != 0xffffffffu && (other > most || (!(other < most) && who < best)));
-                if (better) best = who, most = other;
-            }
-            float logit = s.small->router_logits[best];
-            first = k == 0 ? logit : fmaxf(first, logit);
-            if (lane == 0) routing.expert[k] = best;
-            __syncwarp();
+        bool there = lane < m.n_expert;
+        float logit = there ? s.small->router_logits[lane] : MINUS_INFINITY, score = there && bias ? logit + bias[lane] : logit;
+        // NaN comes last, but something has to be chosen.
+        score = score == score ? score : MINUS_INFINITY;
+        u32 rank = 0;
+#pragma unroll 4
+        for (u32 i = 0; i < m.n_expert; i++) {
+            float other = __shfl_sync(FULL, score, i);
+            rank += other > score || (other == score && i < lane);
         }
-        for (u32 k = 0; k < m.n_used; k++) total += expf(s.small->router_logits[routing.expert[k]] - first);
-        if (lane < m.n_used) routing.weight[lane] = expf(s.small->router_logits[routing.expert[lane]] - first) / total;
+        bool chosen = there && rank < m.n_used;
+        float most = warp_max(chosen ? logit : MINUS_INFINITY), weight = chosen ? expf(logit - most) : 0.0f, total = warp_sum(weight);
+        if (chosen) {
+            routing.expert[rank] = lane;
+            routing.weight[rank] = weight / total;
+        }
         if (lane == 0) routing.n_active = m.n_used;
     }
     __syncthreads();

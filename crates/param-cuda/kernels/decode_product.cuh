@@ -1,16 +1,8 @@
-// Products of one row of activations with rows of weights in every format. A lane takes 16 bytes of a row at a time, several rows in
-// flight; lanes of a row add up by shuffles, pieces of a row in shared memory, always in the same order.
+// Products of one row of activations with rows of weights in every format. A lane takes 16 bytes of a row at a time, four rows in flight;
+// lanes of a row add up by shuffles, pieces of a row in shared memory, always in the same order.
 #pragma once
 #include "decode.cuh"
 
-// Columns of a lane's piece of a row.
-template <int F> struct Piece;
-template <> struct Piece<FORMAT_F32> { enum { columns = 4, rows = 8 }; };
-template <> struct Piece<FORMAT_F16> { enum { columns = 8, rows = 4 }; };
-template <> struct Piece<FORMAT_BF16> { enum { columns = 8, rows = 4 }; };
-template <> struct Piece<FORMAT_Q8_0> { enum { columns = 16, rows = 4 }; };
-template <> struct Piece<FORMAT_Q4_K> { enum { columns = 32, rows = 4 }; };
-template <> struct Piece<FORMAT_Q6_K> { enum { columns = 64, rows = 2 }; };
 
 DEVICE int dot16(const int4& w, const int4& x, int sum) { return dp4a(w.w, x.w, dp4a(w.z, x.z, dp4a(w.y, x.y, dp4a(w.x, x.x, sum)))); }
 DEVICE int4 masked(const int4& w, u32 shift, u32 mask) {
@@ -32,7 +24,7 @@ struct Sixteen {
 
 // A piece of the activations, and of a row of weights at `base`, the matrix's start.
 template <int F> struct Plain {
-    enum { columns = Piece<F>::columns };
+    enum { columns = F == FORMAT_F32 ? 4 : 8 };
     float x[columns];
     struct Row { int4 w; };
     DEVICE void load(const Shared& s, u32 first, u32 piece) {
@@ -147,28 +139,40 @@ template <> struct Operand<FORMAT_Q6_K> {
     }
 };
 
-// How a job's pieces lie: `lanes` to a row and pass, `n_pass` passes.
-struct Layout {
-    u32 lanes, n_pass;
-};
 DEVICE u32 columns_of(u32 format) { return format == FORMAT_Q6_K ? 64 : format == FORMAT_Q4_K ? 32 : format == FORMAT_Q8_0 ? 16 : format == FORMAT_F32 ? 4 : 8; }
+
+// How a job's pieces lie: `lanes` of a warp to a row, `n_pass` warps or turns to all of a row.
+struct Layout {
+    u32 n_piece, lanes, n_pass;
+};
 DEVICE Layout layout_of(const Job& j) {
-    u32 n = j.n_col / columns_of(j.format) * (j.side_by_side ? j.n_matrix : 1);
-    // A K-quant's row has whole pieces; a row of 32 columns in Q8_0 has two.
     Layout l;
+    l.n_piece = j.n_col / columns_of(j.format);
+    u32 n = l.n_piece * (j.side_by_side ? j.n_matrix : 1);
     l.lanes = WARP;
     while (l.lanes / 2 >= n) l.lanes /= 2;
     l.n_pass = (n + l.lanes - 1) / l.lanes;
     return l;
 }
 
+// Sums of four rows over a warp at once: lane 8 i is left with that of row i.
+DEVICE float sum_of_rows(const float (&sums)[4], u32 lane) {
+    bool second = lane & 16;
+    float a = (second ? sums[2] : sums[0]) + __shfl_xor_sync(FULL, second ? sums[0] : sums[2], 16);
+    float b = (second ? sums[3] : sums[1]) + __shfl_xor_sync(FULL, second ? sums[1] : sums[3], 16);
+    second = lane & 8;
+    a = (second ? b : a) + __shfl_xor_sync(FULL, second ? a : b, 8);
+    a += __shfl_xor_sync(FULL, a, 4);
+    a += __shfl_xor_sync(FULL, a, 2);
+    return a + __shfl_xor_sync(FULL, a, 1);
+}
+
 // Sums of rows [begin, end) to s.red [end - begin, n_pass].
-template <int F> CALLED void multiply_format(const Job& j, const Shared& s, u32 begin, u32 end) {
-    enum { ROWS = Piece<F>::rows, COLUMNS = Piece<F>::columns };
+template <int F> DEVICE void multiply_format(const Job& j, const Layout& l, const Shared& s, u32 begin, u32 end) {
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    Layout l = layout_of(j);
-    u32 n_piece = j.n_col / COLUMNS, n = n_piece * (j.side_by_side ? j.n_matrix : 1);
-    u32 groups = l.n_pass < DECODE_WARPS ? DECODE_WARPS / l.n_pass : 1, per_warp = WARP / l.lanes;
+    u32 n = l.n_piece * (j.side_by_side ? j.n_matrix : 1);
+    u32 groups = l.n_pass < DECODE_WARPS ? DECODE_WARPS / l.n_pass : 1, per_warp = WARP / l.lanes, step = groups * per_warp;
+#pragma unroll 1
     for (u32 unit = warp; unit < groups * l.n_pass; unit += DECODE_WARPS) {
         u32 pass = unit / groups, group = unit - pass * groups;
         u32 piece = pass * l.lanes + lane % l.lanes, side = 0;
@@ -176,97 +180,85 @@ template <int F> CALLED void multiply_format(const Job& j, const Shared& s, u32 
         bool valid = piece < n;
         piece = valid ? piece : 0;
         if (j.side_by_side)
-            for (; piece >= n_piece && side + 1 < j.n_matrix; side++) piece -= n_piece;
+            for (; piece >= l.n_piece; side++) piece -= l.n_piece;
+        const u8* base = j.base(side);
         Operand<F> x;
         x.load(s, side * j.n_col, piece);
-        u32 own = lane / l.lanes, step = groups * per_warp;
+        u32 own = lane / l.lanes;
 #pragma unroll 1
-        for (u32 first = begin + group * per_warp; first < end; first += step * ROWS) {
-            typename Operand<F>::Row rows[ROWS];
-            float sums[ROWS];
+        for (u32 first = begin + group * per_warp; first < end; first += step * 4) {
+            // More of Q6_K's would not fit the registers.
+            enum { AT_ONCE = F == FORMAT_Q6_K ? 2 : 4 };
+            typename Operand<F>::Row rows[AT_ONCE];
+            float sums[4];
+            u32 row = first + own;
 #pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                u32 row = first + own + i * step, matrix = side;
-                if (valid && row < end) {
-                    if (!j.side_by_side)
-                        for (; row >= j.n_row; matrix++) row -= j.n_row;
-                    rows[i] = x.row(j.bases[matrix], j, row, piece);
+            for (int i = 0; i < 4; i++) {
+                // Beyond the end a row that is there is read once more: no branch comes between the loads.
+                u32 r = row + i * step < end ? row + i * step : end - 1, matrix = side;
+                if (!j.side_by_side && j.n_matrix > 1) {
+                    while (r >= j.n_row) r -= j.n_row, matrix++;
+                    base = j.base(matrix);
+                }
+                rows[i % AT_ONCE] = x.row(base, j, r, piece);
+                if (i % AT_ONCE == AT_ONCE - 1) {
+#pragma unroll
+                    for (int k = 0; k < AT_ONCE; k++) {
+                        float sum = x.dot(rows[k]);
+                        sums[i + 1 - AT_ONCE + k] = valid ? sum : 0.0f;
+                    }
                 }
             }
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) sums[i] = valid && first + own + i * step < end ? x.dot(rows[i]) : 0.0f;
+            if (l.lanes == WARP) {
+                float sum = sum_of_rows(sums, lane);
+                u32 r = first + lane / 8 * step;
+                if (lane % 8 == 0 && r < end) s.red[(r - begin) * l.n_pass + pass] = sum;
+            } else {
 #pragma unroll 1
-            for (u32 distance = l.lanes / 2; distance > 0; distance /= 2) {
+                for (u32 distance = l.lanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
-                for (int i = 0; i < ROWS; i++) sums[i] += __shfl_xor_sync(FULL, sums[i], distance);
-            }
+                    for (int i = 0; i < 4; i++) sums[i] += __shfl_xor_sync(FULL, sums[i], distance);
+                }
 #pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                u32 row = first + own + i * step;
-                if (lane % l.lanes == 0 && row < end) s.red[(row - begin) * l.n_pass + pass] = sums[i];
+                for (int i = 0; i < 4; i++)
+                    if (lane % l.lanes == 0 && row + i * step < end) s.red[(row + i * step - begin) * l.n_pass + pass] = sums[i];
             }
         }
     }
 }
 
-// The sums of up to RED_LENGTH / n_pass rows at a time, each given to `write(row, sum)` by one thread.
-template <class Write> DEVICE void multiply(const Shared& s, Write write) {
-    const Job& j = s.small->job;
-    u32 n_pass = layout_of(j).n_pass, most = RED_LENGTH / n_pass;
-#pragma unroll 1
-    for (u32 begin = j.begin; begin < j.end; begin += most) {
-        u32 end = begin + most < j.end ? begin + most : j.end;
-        switch (j.format) {
-        case FORMAT_F32: multiply_format<FORMAT_F32>(j, s, begin, end); break;
-        case FORMAT_F16: multiply_format<FORMAT_F16>(j, s, begin, end); break;
-        case FORMAT_BF16: multiply_format<FORMAT_BF16>(j, s, begin, end); break;
-        case FORMAT_Q8_0: multiply_format<FORMAT_Q8_0>(j, s, begin, end); break;
-        case FORMAT_Q4_K: multiply_format<FORMAT_Q4_K>(j, s, begin, end); break;
-        case FORMAT_Q6_K: multiply_format<FORMAT_Q6_K>(j, s, begin, end); break;
-        }
-        __syncthreads();
-        for (u32 row = begin + threadIdx.x; row < end; row += DECODE_THREADS) {
-            float sum = 0.0f;
-            for (u32 i = 0; i < n_pass; i++) sum += s.red[(row - begin) * n_pass + i];
-            write(row, sum);
-        }
-        __syncthreads();
+DEVICE void multiply_rows(const Job& j, const Layout& l, const Shared& s, u32 begin, u32 end) {
+    switch (j.format) {
+    case FORMAT_F32: multiply_format<FORMAT_F32>(j, l, s, begin, end); break;
+    case FORMAT_F16: multiply_format<FORMAT_F16>(j, l, s, begin, end); break;
+    case FORMAT_BF16: multiply_format<FORMAT_BF16>(j, l, s, begin, end); break;
+    case FORMAT_Q8_0: multiply_format<FORMAT_Q8_0>(j, l, s, begin, end); break;
+    case FORMAT_Q4_K: multiply_format<FORMAT_Q4_K>(j, l, s, begin, end); break;
+    case FORMAT_Q6_K: multiply_format<FORMAT_Q6_K>(j, l, s, begin, end); break;
     }
 }
 
-// Of `total` rows, a block's.
-DEVICE void deal(Job& j, u32 total, u32 rank, u32 n_block) {
-    j.begin = (u32)((u64)total * rank / n_block);
-    j.end = (u32)((u64)total * (rank + 1) / n_block);
+// Asks the second-level cache for bytes [begin, end): a thread a line of 128.
+DEVICE void ask(const u8* p, u32 begin, u32 end) {
+#pragma unroll 1
+    for (u32 at = begin / 128 * 128 + threadIdx.x * 128; at < end; at += DECODE_THREADS * 128) prefetch_l2(p + at);
 }
-DEVICE void shape(Job& j, const Matrix& m) {
-    j.n_row = m.n_row;
-    j.n_col = m.n_col;
-    j.format = m.format;
-    j.side_by_side = 0;
-    j.n_matrix = 1;
-    j.bases[0] = m.data;
-}
-
-// Asks the second-level cache for the weights of a job; a thread a line of 128 bytes.
-DEVICE void ask(const u8* p, u64 begin, u64 end) {
-    for (u64 at = begin / 128 * 128 + threadIdx.x * 128; at < end; at += DECODE_THREADS * 128) prefetch_l2(p + at);
-}
-CALLED void ask_for(const Job& j) {
-    const u32 f = j.format;
+// And for the rows of a job.
+DEVICE void ask_for(const Job& j) {
     u64 all = (u64)j.n_row * j.n_col;
-    u32 last = j.side_by_side ? j.n_matrix : (j.end + j.n_row - 1) / j.n_row;
+    u32 f = j.format;
 #pragma unroll 1
-    for (u32 m = j.side_by_side ? 0 : j.begin / j.n_row; m < last; m++) {
-        u32 from = j.side_by_side ? 0 : m * j.n_row;
-        u64 begin = (u64)(j.begin > from ? j.begin - from : 0) * j.n_col;
-        u64 end = (u64)(j.end - from < j.n_row ? j.end - from : j.n_row) * j.n_col;
-        const u8* p = j.bases[m];
-        if (f == FORMAT_F32) ask(p, begin * 4, end * 4);
-        else if (f == FORMAT_F16 || f == FORMAT_BF16) ask(p, begin * 2, end * 2);
-        else if (f == FORMAT_Q8_0) ask(p, begin, end), ask(p + all, begin / 16, end / 16);
-        else ask(p, begin / 2, end / 2);
-        if (f == FORMAT_Q4_K) ask(p + all / 2, begin / 16, end / 16);
-        if (f == FORMAT_Q6_K) ask(p + all / 2, begin / 4, end / 4), ask(p + all / 4 * 3, begin / 16, end / 16);
+    for (u32 m = 0, from = 0; m < j.n_matrix; m++, from += j.side_by_side ? 0 : j.n_row) {
+        if (j.begin >= from + j.n_row || j.end <= from) continue;
+        u32 first = j.begin > from ? j.begin - from : 0, last = j.end - from < j.n_row ? j.end - from : j.n_row;
+        u64 begin = (u64)first * j.n_col;
+        u32 n = (last - first) * j.n_col;
+        const u8* p = j.base(m);
+        if (f == FORMAT_F32) ask(p + begin * 4, 0, n * 4);
+        else if (f == FORMAT_F16 || f == FORMAT_BF16) ask(p + begin * 2, 0, n * 2);
+        else if (f == FORMAT_Q8_0) ask(p + begin, 0, n), ask(p + all + begin / 16, 0, n / 16);
+        else ask(p + begin / 2, 0, n / 2);
+        if (f == FORMAT_Q4_K) ask(p + all / 2 + begin / 16, 0, n / 16);
+        if (f == FORMAT_Q6_K) ask(p + all / 2 + begin / 4, 0, n / 4), ask(p + all / 4 * 3 + begin / 16, 0, n / 16);
     }
 }

@@ -23,7 +23,7 @@ const PTX: &str = include_str!("../ptx/decode.ptx");
 /// Steps that may be queued before the first one's token is read, and whose random numbers may be given ahead.
 pub const HISTORY: usize = 1024;
 const MAX_SPLIT: usize = 16;
-const MAX_USED: usize = 32;
+const MAX_EXPERT: usize = 32;
 const THREADS: u32 = 512;
 const RED_BYTES: usize = 4 * 4096;
 const SMALL_BYTES: usize = 12288;
@@ -74,6 +74,7 @@ struct Decode {
     best: u64,
     sampling: u64,
     uniforms: u64,
+    shares: u64,
     pick: u32,
     top_k: u32,
 }
@@ -98,7 +99,7 @@ pub struct Decoder {
     _caches: Arc<Caches>,
     _floats: [Buffer<f32>; 5],
     _keys: [Buffer<u64>; 2],
-    _barrier: Buffer<u32>,
+    _words: [Buffer<u32>; 2],
 }
 
 impl Decoder {
@@ -118,14 +119,14 @@ impl Decoder {
         let [n_embd, n_head, n_vocab, n_ff, n_expert, n_used, head_dim] =
             [dims.n_embd, dims.n_head, dims.n_vocab, dims.n_ff, dims.n_expert, dims.n_used, dims.head_dim]
                 .map(|n| n as usize);
-        within("experts", n_expert, 256)?;
-        within("experts a token", n_used, MAX_USED)?;
+        within("experts", n_expert, MAX_EXPERT)?;
         within("a head's dimension", head_dim, 256)?;
         within("of a head's dimension beyond a multiple of 8", head_dim % 8, 0)?;
         let hidden = n_used.max(1) * n_ff.next_multiple_of(32);
         let length = n_embd.next_multiple_of(32).max(hidden);
-        // Activations in f32 and two times in bytes, the router, scales, sums.
-        let shared = length * 6 + n_expert * n_embd * 4 + length / 32 * 4 + length / 16 * 4 + RED_BYTES + SMALL_BYTES;
+        // Activations in f32 and two times in bytes, the router, a norm, scales, sums.
+        let shared =
+            length * 6 + (n_expert + 2) * n_embd * 4 + length / 32 * 4 + length / 16 * 4 + RED_BYTES + SMALL_BYTES;
         within("bytes of shared memory", shared, gpu.max_shared())?;
 
         let kernel = Module::load(gpu, PTX)?.kernel("decode_token")?;
@@ -142,6 +143,10 @@ impl Decoder {
         let n_candidate = n_block * MAX_TOP_K;
         let keys = [gpu.alloc::<u64>(WHAT, n_vocab.max(n_candidate))?, gpu.alloc::<u64>(WHAT, n_candidate)?];
         let barrier = gpu.alloc::<u32>(WHAT, 2)?;
+        // Rows of each kind of product, dealt out evenly: `Share` in decode.cuh.
+        let rows = [n_embd, n_used.max(1) * n_ff, n_ff, n_vocab, 2 * n_embd, 3 * n_embd];
+        let begin = |n: usize| (0..=n_block).map(move |rank| (n * rank / n_block) as u32);
+        let shares = gpu.upload(WHAT, &rows.into_iter().flat_map(begin).collect::<Vec<_>>())?;
         let state = gpu.alloc::<State>(WHAT, 1)?;
         let logits = gpu.alloc::<f32>(WHAT, n_vocab)?;
         let sampling = Rules::new(gpu, 1)?;
@@ -166,6 +171,7 @@ impl Decoder {
             best: keys[1].address(),
             sampling: sampling.address(),
             uniforms: uniforms.address(),
+            shares: shares.address(),
             pick: 0,
             top_k: 1,
         };
@@ -185,7 +191,7 @@ impl Decoder {
             _caches: Arc::clone(caches),
             _floats: floats,
             _keys: keys,
-            _barrier: barrier,
+            _words: [barrier, shares],
         })
     }
 

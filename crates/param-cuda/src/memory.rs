@@ -8,7 +8,7 @@ use cudarc::driver::{result, sys};
 
 use crate::error::{Named, Result};
 use crate::gpu::Gpu;
-use crate::stream::Stream;
+use crate::stream::{Stream, not_recording};
 
 /// `len` elements in the GPU's memory; freed when dropped.
 #[derive(Debug)]
@@ -25,6 +25,7 @@ impl Gpu {
     /// # Errors
     /// [`crate::Error::OutOfMemory`], [`crate::Error::Call`].
     pub fn alloc<T: Pod>(self: &Arc<Self>, what: &'static str, n: usize) -> Result<Buffer<T>> {
+        let _turn = not_recording();
         self.bind()?;
         let bytes = n.saturating_mul(size_of::<T>());
         // The driver refuses an allocation of nothing.
@@ -55,6 +56,7 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::alloc`].
     pub fn pinned<T: Pod>(self: &Arc<Self>, what: &'static str, n: usize) -> Result<Pinned<T>> {
+        let _turn = not_recording();
         self.bind()?;
         let bytes = n.saturating_mul(size_of::<T>());
         let mut address = std::ptr::null_mut();
@@ -97,6 +99,7 @@ impl<T: Pod> Buffer<T> {
     /// Beyond the end.
     pub fn write(&mut self, at: usize, data: &[T]) -> Result<()> {
         assert!(at <= self.len && data.len() <= self.len - at, "{} elements at {at} of {}", data.len(), self.len);
+        let _turn = not_recording();
         self.gpu.bind()?;
         let address = self.address + (at * size_of::<T>()) as u64;
         // SAFETY: checked to lie inside; `data` outlives the copy, which is waited for.
@@ -114,6 +117,7 @@ impl<T: Pod> Buffer<T> {
     /// Beyond the end.
     pub fn read(&self, at: usize, out: &mut [T]) -> Result<()> {
         assert!(at <= self.len && out.len() <= self.len - at, "{} elements at {at} of {}", out.len(), self.len);
+        let _turn = not_recording();
         self.gpu.bind()?;
         let address = self.address + (at * size_of::<T>()) as u64;
         // SAFETY: checked to lie inside; `out` outlives the copy, which is waited for.
@@ -135,6 +139,7 @@ impl<T: Pod> Buffer<T> {
 
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
+        let _turn = not_recording();
         // SAFETY: allocated by `Gpu::alloc`; the driver waits for kernels that use it. Nothing can be done about a failure.
         let _ = self.gpu.bind().map(|()| unsafe { result::free_sync(self.address) });
     }
@@ -198,6 +203,7 @@ impl<T> std::ops::DerefMut for Pinned<T> {
 
 impl<T> Drop for Pinned<T> {
     fn drop(&mut self) {
+        let _turn = not_recording();
         // SAFETY: allocated by `Gpu::pinned`.
         let _ = self.gpu.bind().map(|()| unsafe { result::free_host(self.address.cast()) });
     }

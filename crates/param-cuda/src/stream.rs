@@ -4,8 +4,23 @@ use std::sync::Arc;
 
 use cudarc::driver::{result, sys};
 
+use std::cell::Cell;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
+
 use crate::error::{Named, Result};
 use crate::gpu::Gpu;
+
+/// Held while a stream records: the driver spoils the recording if another thread uses the default stream meanwhile.
+static RECORDING: RwLock<()> = RwLock::new(());
+
+thread_local! {
+    static RECORDS: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Waits until no other thread records. A thread that records itself is not stopped: the driver will refuse it.
+pub(crate) fn not_recording() -> Option<RwLockReadGuard<'static, ()>> {
+    (!RECORDS.get()).then(|| RECORDING.read().unwrap_or_else(PoisonError::into_inner))
+}
 
 /// A queue: what is given to it runs in order. Every stream of this crate waits for the default one and the other way round, so
 /// that plain copies are in order with it.
@@ -58,11 +73,14 @@ impl Stream {
     /// # Errors
     /// [`crate::Error::Call`], and whatever `queue` fails with.
     pub fn capture(&self, queue: impl FnOnce(&Stream) -> Result<()>) -> Result<Graph> {
+        let _alone = RECORDING.write().unwrap_or_else(PoisonError::into_inner);
         self.gpu.bind()?;
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         // SAFETY: the stream lives, and is not recording: that needs `&self` within `queue`, where the driver refuses it.
         unsafe { result::stream::begin_capture(self.stream, mode) }.named("cuStreamBeginCapture")?;
+        RECORDS.set(true);
         let queued = queue(self);
+        RECORDS.set(false);
         // SAFETY: it is recording. The graph is owned below.
         let graph = unsafe { result::stream::end_capture(self.stream) }.named("cuStreamEndCapture");
         queued?;
