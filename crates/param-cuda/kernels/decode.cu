@@ -87,6 +87,15 @@ DEVICE void copy_norm(const Shared& s, const Norm& norm, u32 n) {
     }
 }
 
+// One warp works out the layouts of a block's matrices, a lane each, and of the head.
+DEVICE void lay_out(const Shared& s, u32 layer) {
+    u32 i = threadIdx.x - WARP;
+    if (i >= 7) return;
+    const Block& b = s.small->blocks[layer & 1];
+    const Matrix* m = i < 3 ? &b.q + i : i == 3 ? &b.out : i == 4 ? &b.up : i == 5 ? &b.down : &s.small->head;
+    s.small->layouts[layer & 1][i] = layout_of(*m, i == 5 && b.router ? s.small->decode.model.n_used : 1);
+}
+
 DEVICE void load_block(const Shared& s, u32 layer) {
     const u32* from = (const u32*)(s.small->decode.model.blocks + layer);
     u32* to = (u32*)&s.small->blocks[layer & 1];
@@ -121,6 +130,7 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
     copy_norm(s, small.blocks[0].norm1, n_embd);
     copy_async_commit();
     ask_for(job_of(s, PHASE_QKV, 0, 0));
+    lay_out(s, 0);
     copy_async_wait<0>();
     __syncthreads();
 
@@ -159,8 +169,10 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
 
 #pragma unroll 1
             for (u32 which = 0;;) {
-                Layout l = layout_of(j);
-                u32 most = RED_LENGTH / l.n_pass;
+                const Layout l = small.layouts[layer & 1][phase == PHASE_QKV ? which : phase + 1];
+                // Only the head has more rows than that.
+                u32 most = j.end - j.begin;
+                if (most * l.n_pass > RED_LENGTH) most = RED_LENGTH / l.n_pass;
 #pragma unroll 1
                 for (u32 begin = j.begin; begin < j.end; begin += most) {
                     u32 end = begin + most < j.end ? begin + most : j.end, row = begin + threadIdx.x;
@@ -197,7 +209,10 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
             if (b.router)
                 for (u32 i = threadIdx.x; i < d.model.n_expert * n_embd / 4; i += DECODE_THREADS) copy_async(s.router + 4 * i, b.router + 4 * i);
             break;
-        case PHASE_OUT: copy_norm(s, b.norm2, n_embd); break;
+        case PHASE_OUT:
+            copy_norm(s, b.norm2, n_embd);
+            if (!is_last) lay_out(s, layer + 1);
+            break;
         case PHASE_DOWN: copy_norm(s, is_last ? d.model.output_norm : small.blocks[layer + 1 & 1].norm1, n_embd); break;
         }
         copy_async_commit();

@@ -94,9 +94,15 @@ struct Job {
     DEVICE const u8* base(u32 i) const { return expert ? matrix->data + expert[i] * matrix->matrix_bytes : matrix[i].data; }
 };
 
+// See layout_of(): what takes divisions is worked out while others are waited for.
+struct Layout {
+    u32 n_piece, lanes, n_pass, groups;
+};
+
 struct Small {
     Decode decode;
-    Block blocks[2]; // of this layer and the next
+    Block blocks[2];      // of this layer and the next
+    Layout layouts[2][7]; // of their matrices in order, and of the head
     Matrix head;
     Routing routing;
     State state;

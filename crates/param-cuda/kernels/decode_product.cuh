@@ -22,10 +22,12 @@ struct Sixteen {
     DEVICE float dot(const int4& w) const { return scale * (float)(256 * dot16(w, high, 0) + dot16(w, low, 0)); }
 };
 
-// A piece of the activations, and of a row of weights at `base`, the matrix's start.
+// A piece of the activations; begin() goes to the same piece of a row of weights, row() loads it some rows further on.
 template <int F> struct Plain {
     enum { columns = F == FORMAT_F32 ? 4 : 8 };
     float x[columns];
+    const u8* w;
+    u32 stride;
     struct Row { int4 w; };
     DEVICE void load(const Shared& s, u32 first, u32 piece) {
 #pragma unroll
@@ -34,9 +36,13 @@ template <int F> struct Plain {
             x[4 * i] = v.x, x[4 * i + 1] = v.y, x[4 * i + 2] = v.z, x[4 * i + 3] = v.w;
         }
     }
-    DEVICE Row row(const u8* base, const Job& j, u32 row, u32 piece) const {
+    DEVICE void begin(const u8* base, const Job& j, u32 row, u32 piece) {
+        stride = j.n_col * (16 / columns);
+        w = base + (u64)row * stride + piece * 16;
+    }
+    DEVICE Row row(u32 further) const {
         Row r;
-        r.w = load_streaming(base + ((u64)row * j.n_col + piece * columns) * (16 / columns));
+        r.w = load_streaming(w + (u64)further * stride);
         return r;
     }
     DEVICE float dot(const Row& r) const {
@@ -61,13 +67,19 @@ template <int F> struct Operand : Plain<F> {};
 
 template <> struct Operand<FORMAT_Q8_0> {
     Sixteen x;
+    const u8 *w, *d;
+    u32 n_col;
     struct Row { int4 w; u16 d; };
     DEVICE void load(const Shared& s, u32 first, u32 piece) { x.load(s, first + piece * 16); }
-    DEVICE Row row(const u8* base, const Job& j, u32 row, u32 piece) const {
+    DEVICE void begin(const u8* base, const Job& j, u32 row, u32 piece) {
+        n_col = j.n_col;
+        w = base + (u64)row * n_col + piece * 16;
+        d = base + (u64)j.n_row * n_col + (u64)row * (n_col / 16) + piece / 2 * 2;
+    }
+    DEVICE Row row(u32 further) const {
         Row r;
-        u64 at = (u64)row * j.n_col + piece * 16;
-        r.w = load_streaming(base + at);
-        r.d = *(const u16*)(base + (u64)j.n_row * j.n_col + at / 32 * 2);
+        r.w = load_streaming(w + (u64)further * n_col);
+        r.d = *(const u16*)(d + (u64)further * (n_col / 16));
         return r;
     }
     DEVICE float dot(const Row& r) const { return from_f16(r.d) * x.dot(r.w); }
@@ -76,6 +88,8 @@ template <> struct Operand<FORMAT_Q8_0> {
 template <> struct Operand<FORMAT_Q4_K> {
     Sixteen a, b; // 16 columns in the low halves of bytes, and 16 in the high
     u32 sub;      // which of the eight scales is a's; b's is the next
+    const u8 *w, *head;
+    u32 n_col;
     struct Row { int4 w, head; };
     DEVICE void load(const Shared& s, u32 first, u32 piece) {
         u32 column = first + piece / 2 * 64 + piece % 2 * 16;
@@ -83,11 +97,15 @@ template <> struct Operand<FORMAT_Q4_K> {
         b.load(s, column + 32);
         sub = piece / 2 % 4 * 2;
     }
-    DEVICE Row row(const u8* base, const Job& j, u32 row, u32 piece) const {
+    DEVICE void begin(const u8* base, const Job& j, u32 row, u32 piece) {
+        n_col = j.n_col;
+        w = base + (u64)row * (n_col / 2) + piece * 16;
+        head = base + (u64)j.n_row * n_col / 2 + (u64)row * (n_col / 16) + piece / 8 * 16;
+    }
+    DEVICE Row row(u32 further) const {
         Row r;
-        u64 at = (u64)row * j.n_col;
-        r.w = load_streaming(base + at / 2 + piece * 16);
-        r.head = *(const int4*)(base + (u64)j.n_row * j.n_col / 2 + at / 16 + piece / 8 * 16);
+        r.w = load_streaming(w + (u64)further * (n_col / 2));
+        r.head = *(const int4*)(head + (u64)further * (n_col / 16));
         return r;
     }
     // Scale and minimum number `i`, of 6 bits each.
@@ -107,24 +125,38 @@ template <> struct Operand<FORMAT_Q4_K> {
 };
 
 template <> struct Operand<FORMAT_Q6_K> {
-    Sixteen x[4]; // 16 columns of each quarter of 128
+    // 16 columns of each quarter of 128 stay in shared memory: the registers would not hold them.
+    const u32* x;
+    const float *scales, *sums;
+    const u8 *low, *high, *d;
+    const i8* scale;
+    u32 n_col, to_low;
     struct Row { int4 low[2], high; i8 scale[4]; u16 d; };
     DEVICE void load(const Shared& s, u32 first, u32 piece) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) x[i].load(s, first + piece / 2 * 128 + i * 32 + piece % 2 * 16);
+        u32 column = first + piece / 2 * 128 + piece % 2 * 16;
+        x = s.high + column / 4;
+        to_low = (u32)(s.low - s.high);
+        scales = s.scales + column / 32;
+        sums = s.sums + column / 16;
     }
-    DEVICE Row row(const u8* base, const Job& j, u32 row, u32 piece) const {
-        Row r;
-        u64 at = (u64)row * j.n_col, all = (u64)j.n_row * j.n_col;
+    DEVICE void begin(const u8* base, const Job& j, u32 row, u32 piece) {
+        u64 all = (u64)j.n_row * j.n_col;
         u32 half = piece / 2, side = piece % 2;
-        const u8* low = base + at / 2 + half * 64 + side * 16;
-        r.low[0] = load_streaming(low);
-        r.low[1] = load_streaming(low + 32);
-        r.high = load_streaming(base + all / 2 + at / 4 + half * 32 + side * 16);
-        const i8* scales = (const i8*)(base + all / 4 * 3 + at / 16 + half * 8 + side);
+        n_col = j.n_col;
+        low = base + (u64)row * (n_col / 2) + half * 64 + side * 16;
+        high = base + all / 2 + (u64)row * (n_col / 4) + half * 32 + side * 16;
+        scale = (const i8*)(base + all / 4 * 3 + (u64)row * (n_col / 16) + half * 8 + side);
+        d = base + all / 4 * 3 + all / 16 + (u64)row * (n_col / 128) + half / 2 * 2;
+    }
+    DEVICE Row row(u32 further) const {
+        Row r;
+        const u8* from = low + (u64)further * (n_col / 2);
+        r.low[0] = load_streaming(from);
+        r.low[1] = load_streaming(from + 32);
+        r.high = load_streaming(high + (u64)further * (n_col / 4));
 #pragma unroll
-        for (int i = 0; i < 4; i++) r.scale[i] = scales[2 * i];
-        r.d = *(const u16*)(base + all / 4 * 3 + all / 16 + (at / 256 + half / 2) * 2);
+        for (int i = 0; i < 4; i++) r.scale[i] = scale[(u64)further * (n_col / 16) + 2 * i];
+        r.d = *(const u16*)(d + (u64)further * (n_col / 128));
         return r;
     }
     DEVICE float dot(const Row& r) const {
@@ -133,25 +165,26 @@ template <> struct Operand<FORMAT_Q6_K> {
         for (int i = 0; i < 4; i++) {
             int4 w = masked(r.low[i % 2], i / 2 * 4, 0x0f0f0f0fu), h = masked(r.high, 2 * i, 0x03030303u);
             w = make_int4(w.x | h.x << 4, w.y | h.y << 4, w.z | h.z << 4, w.w | h.w << 4);
-            sum = fmaf((float)r.scale[i], x[i].dot(w) - 32.0f * x[i].sum, sum);
+            Sixteen x16 = {*(const int4*)(x + 8 * i), *(const int4*)(x + 8 * i + to_low), scales[i], sums[2 * i]};
+            sum = fmaf((float)r.scale[i], x16.dot(w) - 32.0f * x16.sum, sum);
         }
         return from_f16(r.d) * sum;
     }
 };
 
-DEVICE u32 columns_of(u32 format) { return format == FORMAT_Q6_K ? 64 : format == FORMAT_Q4_K ? 32 : format == FORMAT_Q8_0 ? 16 : format == FORMAT_F32 ? 4 : 8; }
+// Columns of a piece, as a power of two.
+DEVICE u32 piece_shift(u32 format) { return format == FORMAT_Q6_K ? 6 : format == FORMAT_Q4_K ? 5 : format == FORMAT_Q8_0 ? 4 : format == FORMAT_F32 ? 2 : 3; }
 
-// How a job's pieces lie: `lanes` of a warp to a row, `n_pass` warps or turns to all of a row.
-struct Layout {
-    u32 n_piece, lanes, n_pass;
-};
-DEVICE Layout layout_of(const Job& j) {
+// How a product's pieces are dealt to warps: `lanes` of a warp to a row, `n_pass` warps or turns to all of a row, as many groups of
+// warps with rows of their own. `n_side`: matrices side by side.
+DEVICE Layout layout_of(const Matrix& m, u32 n_side) {
     Layout l;
-    l.n_piece = j.n_col / columns_of(j.format);
-    u32 n = l.n_piece * (j.side_by_side ? j.n_matrix : 1);
+    u32 n = (m.n_col >> piece_shift(m.format)) * n_side;
+    l.n_piece = m.n_col >> piece_shift(m.format);
     l.lanes = WARP;
     while (l.lanes / 2 >= n) l.lanes /= 2;
     l.n_pass = (n + l.lanes - 1) / l.lanes;
+    l.groups = l.n_pass < DECODE_WARPS ? DECODE_WARPS / l.n_pass : 1;
     return l;
 }
 
@@ -167,40 +200,36 @@ DEVICE float sum_of_rows(const float (&sums)[4], u32 lane) {
     return a + __shfl_xor_sync(FULL, a, 1);
 }
 
-// Sums of rows [begin, end) to s.red [end - begin, n_pass].
-template <int F> DEVICE void multiply_format(const Job& j, const Layout& l, const Shared& s, u32 begin, u32 end) {
-    u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    u32 n = l.n_piece * (j.side_by_side ? j.n_matrix : 1);
-    u32 groups = l.n_pass < DECODE_WARPS ? DECODE_WARPS / l.n_pass : 1, per_warp = WARP / l.lanes, step = groups * per_warp;
+// Sums of rows [begin, end) of the matrix at `base`, the rows counted from `zero`, to s.red [.., n_pass] from row `origin` on.
+template <int F> DEVICE void multiply_format(const Job& j, const Layout& l, const Shared& s, u32 begin, u32 end, u32 zero, u32 matrix, u32 origin) {
+    const u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const u32 n_pass = l.n_pass, lanes = l.lanes, groups = l.groups, n_piece = l.n_piece;
+    const u32 n = n_piece * (j.side_by_side ? j.n_matrix : 1), per_warp = lanes == WARP ? 1 : WARP / lanes, step = groups * per_warp;
+    u32 pass = 0, group = warp;
+    while (group >= groups) group -= groups, pass++;
+    // Where there are more passes than warps, groups is 1 and a warp takes every sixteenth.
 #pragma unroll 1
-    for (u32 unit = warp; unit < groups * l.n_pass; unit += DECODE_WARPS) {
-        u32 pass = unit / groups, group = unit - pass * groups;
-        u32 piece = pass * l.lanes + lane % l.lanes, side = 0;
+    for (; pass < n_pass; pass += DECODE_WARPS) {
+        u32 own = lanes == WARP ? 0 : lane / lanes, piece = pass * lanes + (lane & (lanes - 1)), side = 0;
         // Lanes without a piece look at the first.
         bool valid = piece < n;
         piece = valid ? piece : 0;
         if (j.side_by_side)
-            for (; piece >= l.n_piece; side++) piece -= l.n_piece;
-        const u8* base = j.base(side);
+            for (; piece >= n_piece; side++) piece -= n_piece;
         Operand<F> x;
+        u32 row = begin + group * per_warp + own;
+        x.begin(j.base(matrix + side), j, (row < end ? row : begin) - zero, piece);
         x.load(s, side * j.n_col, piece);
-        u32 own = lane / l.lanes;
 #pragma unroll 1
-        for (u32 first = begin + group * per_warp; first < end; first += step * 4) {
+        for (u32 first = begin + group * per_warp, done = 0; first < end; first += step * 4, row += step * 4, done += step * 4) {
             // More of Q6_K's would not fit the registers.
             enum { AT_ONCE = F == FORMAT_Q6_K ? 2 : 4 };
             typename Operand<F>::Row rows[AT_ONCE];
             float sums[4];
-            u32 row = first + own;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                // Beyond the end a row that is there is read once more: no branch comes between the loads.
-                u32 r = row + i * step < end ? row + i * step : end - 1, matrix = side;
-                if (!j.side_by_side && j.n_matrix > 1) {
-                    while (r >= j.n_row) r -= j.n_row, matrix++;
-                    base = j.base(matrix);
-                }
-                rows[i % AT_ONCE] = x.row(base, j, r, piece);
+                // Beyond the end the first row is read once more: no branch comes between the loads.
+                rows[i % AT_ONCE] = x.row(row + i * step < end ? done + i * step : 0);
                 if (i % AT_ONCE == AT_ONCE - 1) {
 #pragma unroll
                     for (int k = 0; k < AT_ONCE; k++) {
@@ -209,32 +238,42 @@ template <int F> DEVICE void multiply_format(const Job& j, const Layout& l, cons
                     }
                 }
             }
-            if (l.lanes == WARP) {
+            if (lanes == WARP) {
                 float sum = sum_of_rows(sums, lane);
                 u32 r = first + lane / 8 * step;
-                if (lane % 8 == 0 && r < end) s.red[(r - begin) * l.n_pass + pass] = sum;
+                if (lane % 8 == 0 && r < end) s.red[(r - origin) * n_pass + pass] = sum;
             } else {
 #pragma unroll 1
-                for (u32 distance = l.lanes / 2; distance > 0; distance /= 2) {
+                for (u32 distance = lanes / 2; distance > 0; distance /= 2) {
 #pragma unroll
                     for (int i = 0; i < 4; i++) sums[i] += __shfl_xor_sync(FULL, sums[i], distance);
                 }
 #pragma unroll
                 for (int i = 0; i < 4; i++)
-                    if (lane % l.lanes == 0 && row + i * step < end) s.red[(row + i * step - begin) * l.n_pass + pass] = sums[i];
+                    if ((lane & (lanes - 1)) == 0 && row + i * step < end) s.red[(row + i * step - origin) * n_pass + pass] = sums[i];
             }
         }
     }
 }
 
+// Sums of rows [begin, end) to s.red [end - begin, n_pass].
 DEVICE void multiply_rows(const Job& j, const Layout& l, const Shared& s, u32 begin, u32 end) {
-    switch (j.format) {
-    case FORMAT_F32: multiply_format<FORMAT_F32>(j, l, s, begin, end); break;
-    case FORMAT_F16: multiply_format<FORMAT_F16>(j, l, s, begin, end); break;
-    case FORMAT_BF16: multiply_format<FORMAT_BF16>(j, l, s, begin, end); break;
-    case FORMAT_Q8_0: multiply_format<FORMAT_Q8_0>(j, l, s, begin, end); break;
-    case FORMAT_Q4_K: multiply_format<FORMAT_Q4_K>(j, l, s, begin, end); break;
-    case FORMAT_Q6_K: multiply_format<FORMAT_Q6_K>(j, l, s, begin, end); break;
+#pragma unroll 1
+    for (u32 from = begin, matrix = 0, zero = 0; from < end;) {
+        u32 to = end;
+        if (!j.side_by_side && j.n_matrix > 1) {
+            while (from >= zero + j.n_row) zero += j.n_row, matrix++;
+            to = end < zero + j.n_row ? end : zero + j.n_row;
+        }
+        switch (j.format) {
+        case FORMAT_F32: multiply_format<FORMAT_F32>(j, l, s, from, to, zero, matrix, begin); break;
+        case FORMAT_F16: multiply_format<FORMAT_F16>(j, l, s, from, to, zero, matrix, begin); break;
+        case FORMAT_BF16: multiply_format<FORMAT_BF16>(j, l, s, from, to, zero, matrix, begin); break;
+        case FORMAT_Q8_0: multiply_format<FORMAT_Q8_0>(j, l, s, from, to, zero, matrix, begin); break;
+        case FORMAT_Q4_K: multiply_format<FORMAT_Q4_K>(j, l, s, from, to, zero, matrix, begin); break;
+        case FORMAT_Q6_K: multiply_format<FORMAT_Q6_K>(j, l, s, from, to, zero, matrix, begin); break;
+        }
+        from = to;
     }
 }
 
