@@ -14,6 +14,8 @@ DEVICE Job job_of(const Shared& s, u32 phase, u32 layer, u32 which) {
     const Block& b = small.blocks[layer & 1];
     bool is_moe = b.router != 0 && (phase == PHASE_UP || phase == PHASE_DOWN);
     Job j;
+    j.staged = 0;
+    j.staged_bytes = 0;
     j.matrix = phase == PHASE_QKV ? &b.q + which : phase == PHASE_OUT ? &b.out : phase == PHASE_UP ? &b.up : phase == PHASE_DOWN ? &b.down : &small.head;
     j.n_row = j.matrix->n_row;
     j.n_col = j.matrix->n_col;
@@ -104,7 +106,7 @@ DEVICE void load_block(const Shared& s, u32 layer) {
 
 KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argument) {
     DYNAMIC_SHARED(u8, memory);
-    Shared s = shared_of(memory, argument.model);
+    Shared s = shared_of(memory, argument.model, argument.stage_bytes);
     Small& small = *s.small;
     const u32 rank = blockIdx.x, n_block = gridDim.x;
     if (threadIdx.x == 0) {
@@ -128,8 +130,9 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
     const u32 n_embd = d.model.n_embd, n_layer = d.model.n_layer, n_head = d.model.n_head;
     const u32 n_split = n_split_of(d, small.state.position + 1, n_block);
     copy_norm(s, small.blocks[0].norm1, n_embd);
+    Job next = job_of(s, PHASE_QKV, 0, 0);
+    stage(next, s, d.stage_bytes);
     copy_async_commit();
-    ask_for(job_of(s, PHASE_QKV, 0, 0));
     lay_out(s, 0);
     copy_async_wait<0>();
     __syncthreads();
@@ -162,10 +165,13 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
                 sum += (v.x + v.y) + (v.z + v.w);
             }
             if (is_normed) normalize(s, n, sum);
-            Job j = job_of(s, phase, layer, 0);
-            if (is_integer(j.format) || (phase == PHASE_QKV && (is_integer(b.k.format) || is_integer(b.v.format)))) round_activations(s, n_padded);
+            Job j = next;
+            if (is_integer(phase == PHASE_UP ? b.up.format : j.format) || (phase == PHASE_QKV && (is_integer(b.k.format) || is_integer(b.v.format)))) round_activations(s, n_padded);
             __syncthreads();
-            if (phase == PHASE_UP && b.router) route(s, b.selection_bias);
+            if (phase == PHASE_UP && b.router) {
+                route(s, b.selection_bias);
+                j = job_of(s, phase, layer, 0);
+            }
 
 #pragma unroll 1
             for (u32 which = 0;;) {
@@ -215,7 +221,6 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
             break;
         case PHASE_DOWN: copy_norm(s, is_last ? d.model.output_norm : small.blocks[layer + 1 & 1].norm1, n_embd); break;
         }
-        copy_async_commit();
         if (phase == PHASE_DOWN) {
             layer += !is_last;
             phase = is_last ? PHASE_HEAD : PHASE_QKV;
@@ -223,7 +228,14 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
             phase++;
         }
         // Experts are not chosen yet before the up projection.
-        if (phase != PHASE_ATTENTION && !(phase == PHASE_UP && b.router)) ask_for(job_of(s, phase, layer, 0));
+        if (phase != PHASE_ATTENTION && !(phase == PHASE_UP && b.router)) {
+            next = job_of(s, phase, layer, 0);
+            if (phase != PHASE_HEAD) {
+                stage(next, s, d.stage_bytes);
+                if (!next.staged) ask_for(next);
+            }
+        }
+        copy_async_commit();
         copy_async_wait<0>();
         if (threadIdx.x == 0)
             while ((int)(load_acquire(d.barrier) - round) < 0) pause();

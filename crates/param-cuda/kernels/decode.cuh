@@ -3,7 +3,7 @@
 #pragma once
 #include "model.cuh"
 
-#define DECODE_THREADS 512
+#define DECODE_THREADS 384
 #define DECODE_WARPS (DECODE_THREADS / WARP)
 #define MAX_EXPERT 32
 #define MAX_USED 32
@@ -68,6 +68,8 @@ struct Decode {
     const Sampling* sampling;
     const double* uniforms; // [HISTORY] in [0, 1), one for each step
     const u32* shares;      // [N_SHARE, n_block + 1]: where each block's rows begin
+    u32 stage_bytes;        // of shared memory for weights that are copied ahead
+    u32 unused;
     u32 pick;
     u32 top_k;
 };
@@ -91,7 +93,12 @@ struct Job {
     u32 n_matrix, n_row, n_col, format;
     bool side_by_side;
     u32 begin, end;
-    DEVICE const u8* base(u32 i) const { return expert ? matrix->data + expert[i] * matrix->matrix_bytes : matrix[i].data; }
+    const u8* staged; // the rows in shared memory, as matrices of their own [end - begin, n_col], `staged_bytes` apart; or null
+    u32 staged_bytes;
+    DEVICE const u8* base(u32 i) const {
+        return staged ? staged + i * staged_bytes : expert ? matrix->data + expert[i] * matrix->matrix_bytes : matrix[i].data;
+    }
+    DEVICE u32 plane_rows() const { return staged ? end - begin : n_row; }
 };
 
 // See layout_of(): what takes divisions is worked out while others are waited for.
@@ -133,11 +140,12 @@ struct Shared {
     u32* low;
     float* router; // [n_expert, n_embd] of the next MoE block
     float* norm;   // [2, n_embd] scale and shift of the next LayerNorm
+    u8* stage;     // weights of the next phase
 };
 
 DEVICE u32 padded(u32 n) { return (n + 31) / 32 * 32; }
 
-DEVICE Shared shared_of(u8* memory, const Model& m) {
+DEVICE Shared shared_of(u8* memory, const Model& m, u32 stage_bytes) {
     u32 n_mat = m.n_used > 1 ? m.n_used : 1, a = padded(m.n_embd), b = n_mat * padded(m.n_ff), length = a > b ? a : b;
     Shared s;
     s.high = (u32*)memory;
@@ -147,8 +155,9 @@ DEVICE Shared shared_of(u8* memory, const Model& m) {
     s.norm = s.router + m.n_expert * m.n_embd;
     s.red = s.norm + 2 * m.n_embd;
     s.small = (Small*)(s.red + RED_LENGTH);
+    s.stage = (u8*)s.small + SMALL_BYTES;
     // Last, as their lengths are no multiples of 16 bytes.
-    s.scales = (float*)((u8*)s.small + SMALL_BYTES);
+    s.scales = (float*)(s.stage + stage_bytes);
     s.sums = s.scales + length / 32;
     return s;
 }

@@ -35,7 +35,7 @@ template <bool F32> DEVICE void unpack(const Eight<F32>& e, float (&v)[8]) {
 }
 
 template <bool F32> DEVICE void attend(const Shared& s, u32 layer, u32 head, u32 split, u32 n_split) {
-    enum { UNROLL = 2 };
+    enum { UNROLL = F32 ? 1 : 2 };
     const Decode& d = s.small->decode;
     const Model& m = d.model;
     u32 warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, head_dim = m.head_dim;

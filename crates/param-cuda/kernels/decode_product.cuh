@@ -9,6 +9,9 @@ DEVICE int4 masked(const int4& w, u32 shift, u32 mask) {
     return make_int4((int)((u32)w.x >> shift & mask), (int)((u32)w.y >> shift & mask), (int)((u32)w.z >> shift & mask), (int)((u32)w.w >> shift & mask));
 }
 
+// From shared memory or from the GPU's.
+DEVICE int4 load16(const void* p) { return *(const int4*)p; }
+
 // 16 activations as integers.
 struct Sixteen {
     int4 high, low;
@@ -42,7 +45,7 @@ template <int F> struct Plain {
     }
     DEVICE Row row(u32 further) const {
         Row r;
-        r.w = load_streaming(w + (u64)further * stride);
+        r.w = load16(w + (u64)further * stride);
         return r;
     }
     DEVICE float dot(const Row& r) const {
@@ -74,11 +77,11 @@ template <> struct Operand<FORMAT_Q8_0> {
     DEVICE void begin(const u8* base, const Job& j, u32 row, u32 piece) {
         n_col = j.n_col;
         w = base + (u64)row * n_col + piece * 16;
-        d = base + (u64)j.n_row * n_col + (u64)row * (n_col / 16) + piece / 2 * 2;
+        d = base + (u64)j.plane_rows() * n_col + (u64)row * (n_col / 16) + piece / 2 * 2;
     }
     DEVICE Row row(u32 further) const {
         Row r;
-        r.w = load_streaming(w + (u64)further * n_col);
+        r.w = load16(w + (u64)further * n_col);
         r.d = *(const u16*)(d + (u64)further * (n_col / 16));
         return r;
     }
@@ -100,11 +103,11 @@ template <> struct Operand<FORMAT_Q4_K> {
     DEVICE void begin(const u8* base, const Job& j, u32 row, u32 piece) {
         n_col = j.n_col;
         w = base + (u64)row * (n_col / 2) + piece * 16;
-        head = base + (u64)j.n_row * n_col / 2 + (u64)row * (n_col / 16) + piece / 8 * 16;
+        head = base + (u64)j.plane_rows() * n_col / 2 + (u64)row * (n_col / 16) + piece / 8 * 16;
     }
     DEVICE Row row(u32 further) const {
         Row r;
-        r.w = load_streaming(w + (u64)further * (n_col / 2));
+        r.w = load16(w + (u64)further * (n_col / 2));
         r.head = *(const int4*)(head + (u64)further * (n_col / 16));
         return r;
     }
@@ -140,7 +143,7 @@ template <> struct Operand<FORMAT_Q6_K> {
         sums = s.sums + column / 16;
     }
     DEVICE void begin(const u8* base, const Job& j, u32 row, u32 piece) {
-        u64 all = (u64)j.n_row * j.n_col;
+        u64 all = (u64)j.plane_rows() * j.n_col;
         u32 half = piece / 2, side = piece % 2;
         n_col = j.n_col;
         low = base + (u64)row * (n_col / 2) + half * 64 + side * 16;
@@ -151,9 +154,9 @@ template <> struct Operand<FORMAT_Q6_K> {
     DEVICE Row row(u32 further) const {
         Row r;
         const u8* from = low + (u64)further * (n_col / 2);
-        r.low[0] = load_streaming(from);
-        r.low[1] = load_streaming(from + 32);
-        r.high = load_streaming(high + (u64)further * (n_col / 4));
+        r.low[0] = load16(from);
+        r.low[1] = load16(from + 32);
+        r.high = load16(high + (u64)further * (n_col / 4));
 #pragma unroll
         for (int i = 0; i < 4; i++) r.scale[i] = scale[(u64)further * (n_col / 16) + 2 * i];
         r.d = *(const u16*)(d + (u64)further * (n_col / 128));
@@ -259,9 +262,9 @@ template <int F> DEVICE void multiply_format(const Job& j, const Layout& l, cons
 // Sums of rows [begin, end) to s.red [end - begin, n_pass].
 DEVICE void multiply_rows(const Job& j, const Layout& l, const Shared& s, u32 begin, u32 end) {
 #pragma unroll 1
-    for (u32 from = begin, matrix = 0, zero = 0; from < end;) {
+    for (u32 from = begin, matrix = 0, zero = j.staged ? j.begin : 0; from < end;) {
         u32 to = end;
-        if (!j.side_by_side && j.n_matrix > 1) {
+        if (!j.staged && !j.side_by_side && j.n_matrix > 1) {
             while (from >= zero + j.n_row) zero += j.n_row, matrix++;
             to = end < zero + j.n_row ? end : zero + j.n_row;
         }
@@ -300,4 +303,32 @@ DEVICE void ask_for(const Job& j) {
         if (f == FORMAT_Q4_K) ask(p + all / 2 + begin / 16, 0, n / 16);
         if (f == FORMAT_Q6_K) ask(p + all / 2 + begin / 4, 0, n / 4), ask(p + all / 4 * 3 + begin / 16, 0, n / 16);
     }
+}
+
+// Bytes of a row in the planes of a format; zero where rows do not begin at multiples of 16 bytes.
+DEVICE u32 first_plane(u32 format, u32 n_col) { return format == FORMAT_F32 ? 4 * n_col : format == FORMAT_Q8_0 ? n_col : format == FORMAT_Q4_K ? n_col / 2 : 2 * n_col; }
+DEVICE u32 second_plane(u32 format, u32 n_col) { return format == FORMAT_Q8_0 || format == FORMAT_Q4_K ? n_col / 16 : 0; }
+
+DEVICE void copy_bytes(u8* to, const u8* from, u32 bytes) {
+#pragma unroll 1
+    for (u32 at = threadIdx.x * 16; at < bytes; at += DECODE_THREADS * 16) copy_async(to + at, from + at);
+}
+
+// Copies a job's rows ahead, if they fit and lie well; says where.
+DEVICE void stage(Job& j, const Shared& s, u32 stage_bytes) {
+    u32 n = j.end - j.begin, first = first_plane(j.format, j.n_col), second = second_plane(j.format, j.n_col);
+    u32 n_side = j.side_by_side ? j.n_matrix : 1, bytes = n * (first + second);
+    if (j.format == FORMAT_Q6_K || j.n_col % 256 != 0 || n_side * bytes > stage_bytes) return;
+#pragma unroll 1
+    for (u32 m = 0, from = 0, to = 0; m < j.n_matrix; m++, from += j.side_by_side ? 0 : j.n_row) {
+        if (j.begin >= from + j.n_row || j.end <= from) continue;
+        u32 begin = j.begin > from ? j.begin - from : 0, n_here = (j.end - from < j.n_row ? j.end - from : j.n_row) - begin;
+        const u8* base = j.base(m);
+        u8* at = s.stage + (j.side_by_side ? m * bytes : 0);
+        copy_bytes(at + to * first, base + (u64)begin * first, n_here * first);
+        if (second) copy_bytes(at + n * first + to * second, base + (u64)j.n_row * first + (u64)begin * second, n_here * second);
+        to += j.side_by_side ? 0 : n_here;
+    }
+    j.staged = s.stage;
+    j.staged_bytes = bytes;
 }

@@ -12,7 +12,7 @@ use crate::sampling::{Rules, Sampling};
 use crate::stream::Stream;
 
 const PTX: &str = include_str!("../ptx/choose.ptx");
-const THREADS: u32 = 512;
+const THREADS: u32 = 384;
 const NO_TOKEN: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]

@@ -24,9 +24,10 @@ const PTX: &str = include_str!("../ptx/decode.ptx");
 pub const HISTORY: usize = 1024;
 const MAX_SPLIT: usize = 16;
 const MAX_EXPERT: usize = 32;
-const THREADS: u32 = 512;
+const THREADS: u32 = 384;
 const RED_BYTES: usize = 4 * 4096;
 const SMALL_BYTES: usize = 12288;
+const MAX_STAGE: usize = 64 << 10;
 
 /// A LayerNorm had an input that was not finite.
 pub const NOT_FINITE: u32 = 1;
@@ -75,6 +76,8 @@ struct Decode {
     sampling: u64,
     uniforms: u64,
     shares: u64,
+    stage_bytes: u32,
+    unused: u32,
     pick: u32,
     top_k: u32,
 }
@@ -128,6 +131,9 @@ impl Decoder {
         let shared =
             length * 6 + (n_expert + 2) * n_embd * 4 + length / 32 * 4 + length / 16 * 4 + RED_BYTES + SMALL_BYTES;
         within("bytes of shared memory", shared, gpu.max_shared())?;
+        // What is left holds weights that are copied ahead.
+        let stage_bytes = (gpu.max_shared() - shared).min(MAX_STAGE) / 16 * 16;
+        let shared = shared + stage_bytes;
 
         let kernel = Module::load(gpu, PTX)?.kernel("decode_token")?;
         kernel.allow_shared(shared as u32)?;
@@ -172,6 +178,8 @@ impl Decoder {
             sampling: sampling.address(),
             uniforms: uniforms.address(),
             shares: shares.address(),
+            stage_bytes: stage_bytes as u32,
+            unused: 0,
             pick: 0,
             top_k: 1,
         };
