@@ -32,7 +32,7 @@ struct Product {
     u32 n_head;
     u32 head_dim;
     u32 cache_f32;
-    u32 unused;
+    u32 k_warps;            // of product_few.cuh: warps that share a sum
 };
 
 struct Rows {
@@ -48,17 +48,32 @@ template <int BM> DEVICE Rows find_rows(const Product& p) {
         r.expert = 0;
         return r;
     }
-    u32 tile = blockIdx.y, begin = p.offsets[0];
-    for (u32 e = 0; e < p.n_expert; e++) {
-        u32 end = p.offsets[e + 1], n = (end - begin + BM - 1) / BM;
-        if (tile < n) {
-            r.begin = begin + tile * BM;
+    // A lane an expert, so that all offsets are asked for at once.
+    u32 tile = blockIdx.y, lane = threadIdx.x % WARP, before = 0;
+    for (u32 first = 0; first < p.n_expert; first += WARP) {
+        u32 e = first + lane, begin = 0, end = 0;
+        if (e < p.n_expert) {
+            begin = p.offsets[e];
+            end = p.offsets[e + 1];
+        }
+        u32 n = (end - begin + BM - 1) / BM, upto = n;
+#pragma unroll
+        for (u32 d = 1; d < WARP; d *= 2) {
+            u32 other = __shfl_sync(FULL, upto, lane >= d ? lane - d : lane);
+            if (lane >= d) upto += other;
+        }
+        u32 at = before + upto - n; // tiles of the experts before
+        u32 found = __ballot_sync(FULL, tile >= at && tile < at + n);
+        if (found) {
+            u32 source = __ffs((int)found) - 1;
+            begin += (tile - at) * BM;
+            r.begin = __shfl_sync(FULL, begin, source);
+            end = __shfl_sync(FULL, end, source);
             r.end = r.begin + BM < end ? r.begin + BM : end;
-            r.expert = e;
+            r.expert = first + source;
             return r;
         }
-        tile -= n;
-        begin = end;
+        before += __shfl_sync(FULL, upto, WARP - 1);
     }
     r.begin = r.end = r.expert = 0;
     return r;

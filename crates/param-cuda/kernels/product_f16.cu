@@ -1,4 +1,5 @@
 // Products of rows with matrices in F16.
-#include "product.cuh"
+#include "product_few.cuh"
 
 PRODUCTS(product_f16, FORMAT_F16)
+PRODUCTS_OF_FEW(product_f16, FORMAT_F16)

@@ -1,4 +1,5 @@
 // Products of rows with matrices in Q4_K.
-#include "product.cuh"
+#include "product_few.cuh"
 
 PRODUCTS(product_q4_k, FORMAT_Q4_K)
+PRODUCTS_OF_FEW(product_q4_k, FORMAT_Q4_K)

@@ -1,4 +1,5 @@
 // Products of rows with matrices in Q8_0.
-#include "product.cuh"
+#include "product_few.cuh"
 
 PRODUCTS(product_q8_0, FORMAT_Q8_0)
+PRODUCTS_OF_FEW(product_q8_0, FORMAT_Q8_0)

@@ -17,6 +17,8 @@ use crate::model::{Block, Format, Matrix, Norm};
 use crate::stream::{Graph, Stream};
 use attention::{Attention, AttentionArgs, QUERIES, Span};
 use norm::{MAX_ENTRY, MAX_EXPERT, MAX_USED, NormArgs};
+#[cfg(test)]
+use product::Plan;
 use product::{Element, MAX_SPLIT, Output, Product, Products};
 
 /// A token at a place in a sequence.

@@ -63,7 +63,7 @@ pub(super) struct Product {
     pub n_head: u32,
     pub head_dim: u32,
     pub cache_f32: u32,
-    pub unused: u32,
+    pub k_warps: u32,
 }
 
 /// A shape of tiles, each a kernel of its own: `PRODUCTS` in product.cuh.
@@ -89,6 +89,75 @@ const SHAPES_F32: [Shape; 3] = [
     Shape { n_row: 32, n_column: 64, n_group: 2, stages: 4 },
     Shape { n_row: 64, n_column: 64, n_group: 2, stages: 4 },
 ];
+/// Kernels for few rows, behind those of [`SHAPES`]: `PRODUCTS_OF_FEW` in product_few.cuh.
+#[derive(Clone, Copy, Debug)]
+struct FewShape {
+    n_row: u32,
+    /// Times 16 rows of W that a warp takes.
+    n_column: u32,
+}
+
+const FEW_SHAPES: [FewShape; 3] =
+    [FewShape { n_row: 16, n_column: 1 }, FewShape { n_row: 32, n_column: 1 }, FewShape { n_row: 64, n_column: 2 }];
+const FEW_WARPS: u32 = 8;
+/// Columns of the rows that lie in shared memory at a time, and columns that a warp takes at a time.
+const FEW_COLUMNS: u32 = 768;
+const FEW_SLICE: u32 = 64;
+/// Rows that the kernels for few are given at most: a matrix's, and on average those of an expert.
+const FEW_ROWS: u32 = 128;
+const FEW_ROWS_OF_EXPERT: u32 = 40;
+
+/// How a product is computed: by which kernel, in how many parts, over how many blocks of columns, and in kernels for few rows by how
+/// many warps a sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Plan {
+    pub which: usize,
+    pub n_split: u32,
+    pub k_warps: u32,
+    /// Fewer than there are tiles: each block goes on from one to another, in kernels for few rows whose columns all find room.
+    pub blocks: u32,
+}
+
+impl FewShape {
+    /// Rows of W in a tile.
+    fn width(self, k_warps: u32) -> u32 {
+        16 * self.n_column * FEW_WARPS / k_warps
+    }
+
+    fn shared(self, format: Format, n_col: u32, plan: Plan, n_out: u32) -> u32 {
+        let (slice, pad) = match format {
+            Format::F16 | Format::Bf16 => (2048, 16),
+            Format::Q8_0 => (1536, 16),
+            Format::Q4K => (768, 64),
+            Format::Q6K | Format::F32 => (2048, 64),
+        };
+        let n_slice = n_col.div_ceil(FEW_SLICE).div_ceil(plan.n_split);
+        let stages = match (self.n_column, format) {
+            (1, _) => 6,
+            (_, Format::Q6K) => 3,
+            _ => 4,
+        };
+        let width = self.width(plan.k_warps);
+        let is_single = plan.blocks >= n_out.div_ceil(width);
+        let stages = if is_single { n_slice.div_ceil(plan.k_warps).min(stages) } else { stages };
+        let rows = self.n_row * ((n_slice * FEW_SLICE).min(FEW_COLUMNS) * 2 + pad);
+        let all = rows + FEW_WARPS * stages * self.n_column * slice;
+        if is_single { all.max(plan.k_warps * self.n_row * (width + 4) * 4) } else { all }
+    }
+
+    /// The most that it is launched with.
+    fn most_shared(self, format: Format) -> u32 {
+        [1, 8]
+            .map(|k_warps| {
+                let plan = Plan { which: 0, n_split: 1, k_warps, blocks: 1 };
+                [1 << 16, 1].map(|n_out| self.shared(format, 1 << 16, plan, n_out)).into_iter().max().unwrap_or(0)
+            })
+            .into_iter()
+            .max()
+            .unwrap_or(0)
+    }
+}
+
 /// Columns of W that a stage holds.
 const TILE_K: u32 = 64;
 const TILE_K_F32: u32 = 32;
@@ -135,6 +204,9 @@ impl Format {
                         concat!("product_", $name, "_32"),
                         concat!("product_", $name, "_64"),
                         concat!("product_", $name, "_128"),
+                        concat!("product_", $name, "_few_16"),
+                        concat!("product_", $name, "_few_32"),
+                        concat!("product_", $name, "_few_64"),
                     ],
                 )
             };
@@ -178,7 +250,8 @@ impl Shape {
 /// The kernels of the formats that a model has.
 #[derive(Debug)]
 pub(super) struct Products {
-    kernels: BTreeMap<u32, Vec<Kernel>>,
+    /// Of each shape, where blocks of the GPU have shared memory enough.
+    kernels: BTreeMap<u32, Vec<Option<Kernel>>>,
     n_multiprocessor: u32,
 }
 
@@ -194,8 +267,13 @@ impl Products {
             let mut kernels = Vec::new();
             for (i, name) in names.iter().enumerate() {
                 let kernel = module.kernel(name)?;
-                kernel.allow_shared(format.shapes()[i].shared(format))?;
-                kernels.push(kernel);
+                if let Some(shape) = format.shapes().get(i) {
+                    kernel.allow_shared(shape.shared(format))?;
+                    kernels.push(Some(kernel));
+                } else {
+                    let shape = FEW_SHAPES[i - SHAPES.len()];
+                    kernels.push(kernel.allow_shared(shape.most_shared(format)).is_ok().then_some(kernel));
+                }
             }
             products.kernels.insert(format as u32, kernels);
         }
@@ -208,16 +286,84 @@ impl Products {
     /// # Safety
     /// As [`Kernel::launch`]: every address in `product` must be valid for what it is used for.
     pub(super) unsafe fn launch(&self, stream: &Stream, product: Product, n_matrix: u32, room: usize) -> Result<u32> {
-        let which = self.shape(&product, n_matrix);
-        let n_split = self.splits(&product, which, room);
+        let plan = self.plan(&product, n_matrix, room);
         // SAFETY: the caller's promise.
-        unsafe { self.launch_as(stream, product, n_matrix, which, n_split) }?;
-        Ok(n_split)
+        unsafe { self.launch_as(stream, product, n_matrix, plan) }?;
+        Ok(plan.n_split)
     }
 
     /// How many rows a matrix meets: where there are experts, on average.
     fn mean_rows(product: &Product) -> u32 {
         if product.offsets != 0 { product.n_row.div_ceil(product.n_expert) } else { product.n_row }
+    }
+
+    /// Into how many parts a sum may be split.
+    fn max_split(product: &Product, room: usize) -> u32 {
+        if product.output_kind != Output::Partial as u32 {
+            return 1;
+        }
+        let part = u64::from(product.n_row) * u64::from(product.output_stride);
+        u32::try_from(room as u64 / part.max(1)).unwrap_or(u32::MAX).clamp(1, MAX_SPLIT)
+    }
+
+    fn plan(&self, product: &Product, n_matrix: u32, room: usize) -> Plan {
+        self.plan_few(product, n_matrix, room).unwrap_or_else(|| {
+            let which = self.shape(product, n_matrix);
+            self.plan_of(product, which, self.splits(product, which, room))
+        })
+    }
+
+    /// By that kernel, every tile by a block of its own.
+    pub(super) fn plan_of(&self, product: &Product, which: usize, n_split: u32) -> Plan {
+        let width = match Format::of(&product.w[0]).shapes().get(which) {
+            Some(shape) => shape.n_column,
+            None => FEW_SHAPES[which - SHAPES.len()].width(1),
+        };
+        Plan { which, n_split, k_warps: 1, blocks: product.w[0].n_row.div_ceil(width) }
+    }
+
+    fn plan_few(&self, product: &Product, n_matrix: u32, room: usize) -> Option<Plan> {
+        let (n_out, n_col) = (product.w[0].n_row, product.w[0].n_col);
+        let mean = Self::mean_rows(product);
+        let has_experts = product.offsets != 0;
+        let kernels = &self.kernels[&(Format::of(&product.w[0]) as u32)];
+        let has = |which: usize| kernels.get(which).is_some_and(Option::is_some);
+        if mean > if has_experts { FEW_ROWS_OF_EXPERT } else { FEW_ROWS } {
+            return None;
+        }
+        let n_slice = n_col.div_ceil(FEW_SLICE);
+        let max_split = Self::max_split(product, room);
+
+        // A matrix of very many rows: every multiprocessor goes through its part of it.
+        let is_plain = product.output_kind == Output::Partial as u32 && !has_experts && product.weights == 0;
+        let which = SHAPES.len() + usize::from(mean > 16) + usize::from(mean > 32);
+        let shape = FEW_SHAPES[which - SHAPES.len()];
+        if is_plain && room == 0 && n_col <= FEW_COLUMNS && n_out >= 4 * shape.width(1) * self.n_multiprocessor {
+            let plan =
+                Plan { which, n_split: 1, k_warps: 1, blocks: self.n_multiprocessor / mean.div_ceil(shape.n_row) };
+            return has(which).then_some(plan);
+        }
+
+        let which = SHAPES.len() + usize::from(mean > 16);
+        let shape = FEW_SHAPES[which - SHAPES.len()];
+        let row_tiles = mean.div_ceil(shape.n_row) * if has_experts { product.n_expert } else { 1 };
+        // The widest tiles, for which the rows are read least often, that keep every multiprocessor at work; or else the most blocks.
+        let mut best: Option<(u32, Plan)> = None;
+        for k_warps in [1, 2, 4, 8] {
+            let least = n_slice.div_ceil(FEW_COLUMNS / FEW_SLICE).min(max_split);
+            for n_split in least..=max_split {
+                if n_slice.div_ceil(n_split) < k_warps && (k_warps > 1 || n_split > least) {
+                    break;
+                }
+                let blocks = n_out.div_ceil(shape.width(k_warps));
+                let all = blocks * row_tiles * n_matrix * n_split;
+                let is_enough = best.is_some_and(|(most, _)| most >= self.n_multiprocessor);
+                if !is_enough && best.is_none_or(|(most, _)| all > most) {
+                    best = Some((all, Plan { which, n_split, k_warps, blocks }));
+                }
+            }
+        }
+        best.map(|(_, plan)| plan).filter(|plan| has(plan.which))
     }
 
     fn shape(&self, product: &Product, n_matrix: u32) -> usize {
@@ -237,18 +383,13 @@ impl Products {
     }
 
     fn splits(&self, product: &Product, which: usize, room: usize) -> u32 {
-        if product.output_kind != Output::Partial as u32 {
-            return 1;
-        }
         let format = Format::of(&product.w[0]);
         let (shape, tile_k) = (format.shapes()[which], if format == Format::F32 { TILE_K_F32 } else { TILE_K });
         let n_expert = if product.offsets != 0 { product.n_expert } else { 1 };
         let row_tiles = Self::mean_rows(product).div_ceil(shape.n_row) * n_expert;
         let blocks = row_tiles * product.w[0].n_row.div_ceil(shape.n_column);
-        let part = u64::from(product.n_row) * u64::from(product.output_stride);
-        let room = u32::try_from(room as u64 / part.max(1)).unwrap_or(u32::MAX);
         let k_tiles = product.w[0].n_col.div_ceil(tile_k);
-        (2 * self.n_multiprocessor / blocks.max(1)).min(k_tiles / 2).min(MAX_SPLIT).min(room).max(1)
+        (2 * self.n_multiprocessor / blocks.max(1)).min(k_tiles / 2).min(Self::max_split(product, room)).max(1)
     }
 
     /// # Safety
@@ -258,24 +399,28 @@ impl Products {
         stream: &Stream,
         mut product: Product,
         n_matrix: u32,
-        which: usize,
-        n_split: u32,
+        plan: Plan,
     ) -> Result<()> {
         let format = Format::of(&product.w[0]);
-        let shape = format.shapes()[which];
+        let (n_row, threads, shared) = match format.shapes().get(plan.which) {
+            Some(shape) => (shape.n_row, shape.threads(), shape.shared(format)),
+            None => {
+                let shape = FEW_SHAPES[plan.which - SHAPES.len()];
+                let shared = shape.shared(format, product.w[0].n_col, plan, product.w[0].n_row);
+                (shape.n_row, FEW_WARPS * 32, shared)
+            }
+        };
         // With experts, as many tiles as there can be: each may end with one that is not full.
         let row_tiles = if product.offsets != 0 {
-            product.n_row / shape.n_row + product.n_expert.min(product.n_row)
+            product.n_row / n_row + product.n_expert.min(product.n_row)
         } else {
-            product.n_row.div_ceil(shape.n_row)
+            product.n_row.div_ceil(n_row)
         };
-        product.n_split = n_split;
-        let grid = Grid {
-            blocks: [product.w[0].n_row.div_ceil(shape.n_column), row_tiles, n_matrix * n_split],
-            threads: shape.threads(),
-            shared: shape.shared(format),
-        };
+        (product.n_split, product.k_warps) = (plan.n_split, plan.k_warps);
+        let grid = Grid { blocks: [plan.blocks, row_tiles, n_matrix * plan.n_split], threads, shared };
+        let kernel = self.kernels[&(format as u32)][plan.which].as_ref();
+        let Some(kernel) = kernel else { unreachable!("a plan names kernels that are there") };
         // SAFETY: the argument is the kernel's; the rest is the caller's promise.
-        unsafe { self.kernels[&(format as u32)][which].launch(stream, grid, &[Arg::value(product)]) }
+        unsafe { kernel.launch(stream, grid, &[Arg::value(product)]) }
     }
 }
