@@ -35,7 +35,7 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) choose_likeliest(Choose c) {
 KERNEL void __launch_bounds__(DECODE_THREADS, 1) choose_by_rules(Choose c) {
     __shared__ Small small;
     u32 row = blockIdx.x;
-    const Sampling by = c.sampling[row];
+    const Sampling& by = c.sampling[row];
     const float* logits = c.logits + (u64)row * c.n_vocab;
     u64* keys = c.keys + (u64)row * c.n_vocab;
     for (u32 i = threadIdx.x; i < c.n_vocab; i += DECODE_THREADS) keys[i] = candidate(logits[i], i);

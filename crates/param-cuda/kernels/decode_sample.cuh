@@ -192,7 +192,7 @@ CALLED u64 draw(const Sampling& by, const u64* keys, u32 n, u32 k, double unifor
 
 // By the rules, among the candidates of all blocks: one block.
 CALLED void pick_by_rules(const Decode& d, u32 n_block, Small& small) {
-    const Sampling by = *d.sampling;
+    const Sampling& by = *d.sampling;
     u32 n = n_block * d.top_k, k = by.temperature == 0.0f ? 1 : by.top_k;
     k = k < 1 ? 1 : k > d.top_k ? d.top_k : k;
     // Of other blocks' making: past the first-level cache.

@@ -26,7 +26,6 @@ fn error(got: &[f32], want: &[f64]) -> f64 {
 struct Run {
     decoder: Decoder,
     stream: Stream,
-    n_vocab: usize,
 }
 
 impl Run {
@@ -34,7 +33,7 @@ impl Run {
         let device = Arc::new(model.upload(gpu));
         let caches = Arc::new(Caches::new(&device, n_slot, model.shape.n_ctx).unwrap());
         let decoder = Decoder::new(&device, &caches).unwrap();
-        Run { decoder, stream: Stream::new(gpu).unwrap(), n_vocab: model.shape.n_vocab }
+        Run { decoder, stream: Stream::new(gpu).unwrap() }
     }
 
     fn logits(&self) -> Vec<f32> {
