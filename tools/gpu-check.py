@@ -268,7 +268,7 @@ def bench(run):
         if path is None:
             continue
         before = run.card()
-        command = [HERE / "bin/param-bench", "-m", path, "-p", 512, "-n", 128, "-b", run.args.batches, "-r", 5, "-o", "json", *run.device()]
+        command = [HERE / "bin/param-bench", "-m", path, "-p", 512, "--prompts", "1,8", "-n", 128, "-b", run.args.batches, "-r", 5, "-o", "json", *run.device()]
         step, stdout = run.command(f"bench {name}", command, 45, save=False)
         step["clocks"] = {"before": before, "after": run.card()}
         try:

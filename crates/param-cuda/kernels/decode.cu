@@ -151,27 +151,46 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
         } else {
             bool is_normed = phase != PHASE_OUT && phase != PHASE_DOWN;
             u32 n = phase == PHASE_DOWN ? (b.router ? d.model.n_used : 1) * b.down.n_col : n_embd, n_padded = padded(n);
-            const float* from = phase == PHASE_DOWN ? d.hidden : d.x;
             float sum = 0.0f;
+            if (phase == PHASE_DOWN) {
+                // The longest row: several loads on their way at once.
 #pragma unroll 1
-            for (u32 i = threadIdx.x * 4; i < n_padded; i += DECODE_THREADS * 4) {
-                float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-                if (i < n) {
-                    if (phase == PHASE_OUT) v = attended(s, i, n_split);
-                    else if (phase == PHASE_QKV && layer == 0) v = embedding(s, i, small.shares[SHARE_EMBD][0], small.shares[SHARE_EMBD][1]);
-                    else v = load_fresh4(from + i);
+                for (u32 i = threadIdx.x * 4; i < n_padded; i += DECODE_THREADS * 16) {
+                    float4 v[4];
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        u32 at = i + k * DECODE_THREADS * 4;
+                        v[k] = at < n ? load_fresh4(d.hidden + at) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    }
+#pragma unroll
+                    for (int k = 0; k < 4; k++) {
+                        u32 at = i + k * DECODE_THREADS * 4;
+                        if (at < n_padded) *(float4*)(s.x + at) = v[k];
+                    }
                 }
-                *(float4*)(s.x + i) = v;
-                sum += (v.x + v.y) + (v.z + v.w);
+            } else {
+#pragma unroll 1
+                for (u32 i = threadIdx.x * 4; i < n_padded; i += DECODE_THREADS * 4) {
+                    float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+                    if (i < n) {
+                        if (phase == PHASE_OUT) v = attended(s, i, n_split);
+                        else if (phase == PHASE_QKV && layer == 0) v = embedding(s, i, small.shares[SHARE_EMBD][0], small.shares[SHARE_EMBD][1]);
+                        else v = load_fresh4(d.x + i);
+                    }
+                    *(float4*)(s.x + i) = v;
+                    sum += (v.x + v.y) + (v.z + v.w);
+                }
             }
             if (is_normed) normalize(s, n, sum);
             Job j = next;
-            if (is_integer(phase == PHASE_UP ? b.up.format : j.format) || (phase == PHASE_QKV && (is_integer(b.k.format) || is_integer(b.v.format)))) round_activations(s, n_padded);
-            __syncthreads();
             if (phase == PHASE_UP && b.router) {
+                __syncthreads();
                 route(s, b.selection_bias);
                 j = job_of(s, phase, layer, 0);
+                ask_for(j);
             }
+            if (is_integer(j.format) || (phase == PHASE_QKV && (is_integer(b.k.format) || is_integer(b.v.format)))) round_activations(s, n_padded);
+            __syncthreads();
 
 #pragma unroll 1
             for (u32 which = 0;;) {

@@ -41,7 +41,7 @@ CALLED float weight_of(const Matrix& m, u32 row, u32 column) {
 // columns, from its own on.
 DEVICE void round_activations(const Shared& s, u32 n) {
     u32 lane = threadIdx.x % WARP;
-#pragma unroll 1
+#pragma unroll 2
     for (u32 quad = threadIdx.x; quad - lane < n / 4; quad += DECODE_THREADS) {
         bool inside = quad < n / 4;
         float4 v = inside ? *(const float4*)(s.x + quad * 4) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);

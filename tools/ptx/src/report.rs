@@ -1,5 +1,5 @@
-//! What each kernel needs of a multiprocessor, as ptxas states it. Fails where one does not assemble, and where one keeps anything in
-//! spills on sm_90, for which kernels are tuned; of sm_80 that is only shown.
+//! What each kernel needs of a multiprocessor, as ptxas states it. Fails where one does not assemble, and where one spills more than a few
+//! bytes on sm_90, for which kernels are tuned; of sm_80 that is only shown.
 
 use std::fs;
 use std::path::Path;
