@@ -8,7 +8,7 @@ use param_cuda::decode::{Decoder, NO_LOGITS, NO_ROOM, NOT_FINITE, Pick};
 use param_cuda::model::Format;
 use param_cuda::sampling::Sampling;
 use param_cuda::{Caches, Gpu, Stream};
-use param_cuda_emulation::{Schedule, schedule};
+use param_cuda_emulation::{Schedule, build_variant, is_real, schedule};
 use proptest::prelude::*;
 use reference::{Shape, TinyModel};
 
@@ -199,6 +199,29 @@ fn a_sequence_without_room_is_flagged() {
     for want in [0, 0, NO_ROOM] {
         run.step(Pick::Greedy);
         assert_eq!(run.decoder.flags(), want);
+    }
+}
+
+/// A test of these tests: whatever barrier or wait is left out, they notice.
+#[test]
+fn a_kernel_that_does_not_wait_is_found_out() {
+    if is_real() {
+        return;
+    }
+    let edits = [
+        ("round_activations(s, n_padded);\n            __syncthreads();", "round_activations(s, n_padded);"),
+        ("        copy_async_wait<0>();\n        if (threadIdx.x == 0)", "        if (threadIdx.x == 0)"),
+        ("while ((int)(load_acquire(d.barrier) - round) < 0) pause();\n        __syncthreads();\n    }", "__syncthreads();\n    }"),
+    ];
+    for (with, without) in edits {
+        let edit = |text: &str| {
+            assert_eq!(text.matches(with).count(), 1, "{with}");
+            text.replace(with, without)
+        };
+        let library = build_variant("decode.cu", edit, false);
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "no_schedule_changes_a_token"]).env("PARAM_EMULATION_LIBRARY", library);
+        assert!(!command.output().unwrap().status.success(), "nothing was noticed without {with}");
     }
 }
 
