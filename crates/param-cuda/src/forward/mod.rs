@@ -255,7 +255,7 @@ impl Forward {
     pub fn embed(&mut self, stream: &Stream) -> Result<()> {
         let m = self.model.model();
         self.n_part = 0;
-        let grid = Grid { blocks: [self.n_row, 1, 1], threads: 128, shared: 0 };
+        let grid = Grid { blocks: [self.n_row, 1, 1], threads: 256, shared: 0 };
         let (token, position) = (Arg::value(m.token_embd), m.position_embd);
         let args = args![token, position, self.at(0), self.at(1), self.at(2), self.x, m.n_embd, self.stride];
         // SAFETY: the kernel's arguments; tokens and positions were checked to exist, and buffers have room for all rows.
