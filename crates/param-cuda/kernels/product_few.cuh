@@ -16,7 +16,7 @@ template <> struct Slice<FORMAT_Q8_0> { static const u32 bytes = 1024 + 512, apa
 template <> struct Slice<FORMAT_Q4_K> { static const u32 bytes = 512 + 256, apart = 1; };
 template <> struct Slice<FORMAT_Q6_K> { static const u32 bytes = 1024 + 512 + 256 + 256, apart = 1; };
 
-// Columns k to k + 63 of rows `first` to `first` + 15, the last row in the place of those that do not exist.
+// Columns k to k + 63, of a matrix of less than 2^31 elements, of rows `first` to `first` + 15, the last row in the place of those that do not exist.
 template <int FORMAT> DEVICE void copy_slice(const Weights& w, u8* to, u32 first, u32 k) {
     u32 lane = threadIdx.x % WARP, last = w.n_row - 1, n_col = w.n_col;
     if (FORMAT == FORMAT_F16 || FORMAT == FORMAT_BF16 || FORMAT == FORMAT_Q8_0) {
@@ -26,7 +26,7 @@ template <int FORMAT> DEVICE void copy_slice(const Weights& w, u8* to, u32 first
 #pragma unroll
         for (u32 i = 0; i < 2; i++) {
             u32 row = min(first + lane / 4 + i * 8, last);
-            const u8* from = w.data + (in ? ((u64)row * n_col + column) * size : 0);
+            const u8* from = w.data + (in ? (row * n_col + column) * size : 0);
 #pragma unroll
             for (u32 j = 0; j < size; j++) {
                 bool has = in && column + j * 8 < n_col;
@@ -35,24 +35,24 @@ template <int FORMAT> DEVICE void copy_slice(const Weights& w, u8* to, u32 first
         }
         if (FORMAT == FORMAT_Q8_0) {
             u32 row = min(first + lane / 2, last), block = (k >> 5) + lane % 2;
-            if (block * 32 < n_col) copy_around(w, to + 1024 + lane * 16, (u64)w.n_row * n_col + ((u64)row * (n_col >> 5) + block) * 2);
+            if (block * 32 < n_col) copy_around(w, to + 1024 + lane * 16, w.n_row * n_col + (row * (n_col >> 5) + block) * 2);
         }
         return;
     }
     u32 row = min(first + lane / 2, last), half = lane % 2;
-    u64 at = (u64)row * n_col + k, all = (u64)w.n_row * n_col;
+    u32 at = row * n_col + k, all = w.n_row * n_col;
     if (FORMAT == FORMAT_Q4_K) {
         copy_async(to + lane * 16, w.data + (at >> 1) + half * 16);
         if (lane < 16) {
             row = min(first + lane, last);
-            copy_async(to + 512 + lane * 16, w.data + (all >> 1) + (((u64)row * n_col + k) >> 8) * 16);
+            copy_async(to + 512 + lane * 16, w.data + (all >> 1) + ((row * n_col + k) >> 8) * 16);
         }
     } else if (FORMAT == FORMAT_Q6_K) {
-        u64 piece = (u64)row * n_col + (k & ~127u);
+        u32 piece = row * n_col + (k & ~127u);
         copy_async(to + lane * 32, w.data + (piece >> 1) + half * 32);
         copy_async(to + lane * 32 + 16, w.data + (piece >> 1) + half * 32 + 16);
         copy_async(to + 1024 + lane * 16, w.data + (all >> 1) + (piece >> 2) + half * 16);
-        u64 scales = (all >> 1) + (all >> 2);
+        u32 scales = (all >> 1) + (all >> 2);
         if (half == 0) copy_async(to + 1536 + lane / 2 * 16, w.data + scales + (at >> 8) * 16);
         else copy_around(w, to + 1792 + lane / 2 * 16, scales + (all >> 4) + (at >> 8) * 2);
     }
@@ -124,6 +124,33 @@ template <int FORMAT> DEVICE void unpack_slice(const Weights& w, u32 (&f)[4][4],
     }
 }
 
+// Which entries chose the expert of tile blockIdx.y, into `entries`, in their order: tile blockIdx.y / n_expert of their rows.
+template <int BM> DEVICE Rows find_chosen(const Product& p, u32* entries, u32* counts) {
+    u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
+    Rows r;
+    r.expert = blockIdx.y % p.n_expert;
+    u32 begin = blockIdx.y / p.n_expert * BM, at = 0;
+#pragma unroll 1
+    for (u32 first = 0; first < p.n_row; first += FEW_WARPS * WARP) {
+        u32 i = first + thread;
+        bool mine = i < p.n_row && p.choices[i] == r.expert;
+        u32 all = __ballot_sync(FULL, mine);
+        if (lane == 0) counts[warp] = __popc(all);
+        __syncthreads();
+        u32 place = at + __popc(all & ((1u << lane) - 1));
+#pragma unroll
+        for (u32 w = 0; w < FEW_WARPS; w++) {
+            if (w < warp) place += counts[w];
+            at += counts[w];
+        }
+        if (mine && place >= begin && place < begin + BM) entries[place - begin] = i;
+        __syncthreads();
+    }
+    r.begin = 0;
+    r.end = at > begin ? min(at - begin, (u32)BM) : 0;
+    return r;
+}
+
 // Of 8 warps k_warps share a sum, every k_warps-th slice each, and the others have outputs of their own: a tile is [BM, 16 R 8 / k_warps].
 // A block that has more than one tile (of results that need no list, and no more columns than A has room for) goes on to the next
 // without a pause, with k_warps = 1. Grid: tiles of columns, tiles of rows, matrices times splits.
@@ -136,8 +163,18 @@ template <int FORMAT, int BM, int R> DEVICE void product_few(const Product& p) {
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
     u32 which = blockIdx.z / p.n_split, split = blockIdx.z % p.n_split;
     const Matrix& matrix = which == 0 ? p.w[0] : which == 1 ? p.w[1] : p.w[2];
-    Rows rows = find_rows<BM>(p);
-    if (rows.begin >= rows.end) return;
+    __shared__ u32 entries[BM];
+    __shared__ u32 counts[FEW_WARPS];
+    // In the first tile of an expert's rows weights are asked for before it is known whether there are any: most often there are.
+    bool chosen = p.choices != 0, early = chosen && blockIdx.y < p.n_expert;
+    Rows rows;
+    if (early) {
+        rows.begin = rows.end = 0;
+        rows.expert = blockIdx.y;
+    } else {
+        rows = chosen ? find_chosen<BM>(p, entries, counts) : find_rows<BM>(p);
+        if (rows.begin >= rows.end) return;
+    }
 
     Weights w;
     w.data = matrix.data + rows.expert * matrix.matrix_bytes;
@@ -177,6 +214,14 @@ template <int FORMAT, int BM, int R> DEVICE void product_few(const Product& p) {
 #pragma unroll 1
     for (u32 i = 0; i + 1 < max_stage; i++) request();
 
+    if (early) {
+        rows = find_chosen<BM>(p, entries, counts);
+        if (rows.begin >= rows.end) {
+            copy_async_wait<0>();
+            return;
+        }
+    }
+
     u32 last_column = min(matrix.n_col, p.input_stride);
     auto copy_rows = [&](u32 slice) {
         // Eight threads a row take a slice's chunks.
@@ -186,7 +231,9 @@ template <int FORMAT, int BM, int R> DEVICE void product_few(const Product& p) {
             u32 row = threadIdx.x / 8 + i * 32, r = rows.begin + row;
             if (row >= BM) break;
             bool has = r < rows.end;
-            const u8* from = p.input + (has ? ((u64)input_row(p, r) * p.input_stride + k) * 2 : 0);
+            u32 from_row = 0;
+            if (has) from_row = !chosen ? input_row(p, r) : p.gathers ? entries[r] / p.n_used : entries[r];
+            const u8* from = p.input + ((u64)from_row * p.input_stride + k) * 2;
             u8* to = shared + row * pitch + threadIdx.x % 8 * 16;
 #pragma unroll 4
             for (u32 j = 0; j < n; j++) {
@@ -271,7 +318,9 @@ template <int FORMAT, int BM, int R> DEVICE void product_few(const Product& p) {
                     v[2] += x.z;
                     v[3] += x.w;
                 }
-                store_four(p, matrix, find_output_row(p, matrix, which, split, rows.expert, r), tile * width + column, v);
+                u32 entry = chosen ? entries[r] : p.list ? p.list[r] : r;
+                OutputRow out = find_output_row(p, matrix, which, split, rows.expert, chosen ? entry : r, entry);
+                store_four(p, matrix, out, tile * width + column, v);
             }
             return;
         }

@@ -456,32 +456,13 @@ impl Forward {
         assert!(block.up.data != 0, "the feed-forward layer of block {i} is not on the GPU");
         let m = *self.model.model();
         let is_moe = block.router != 0;
-        let mut norm = self.norm(block.norm2, &[&block.up]);
         let n_choice = if is_moe { m.n_used } else { 1 };
         let n_entry = self.n_row * n_choice;
-        (norm.router, norm.selection_bias) = (block.router, block.selection_bias);
-        if is_moe && n_entry <= MAX_ENTRY {
-            norm.arrived = self.arrived.address();
-        }
-        self.normalise(stream, norm, self.n_row)?;
-        self.n_part = 0;
-
-        let mut group = Product::default();
-        if is_moe {
-            if norm.arrived == 0 {
-                let grid = Grid { blocks: [m.n_expert, 1, 1], threads: 256, shared: 0 };
-                let args = args![self.choices, n_entry, m.n_expert, self.offsets, self.list];
-                // SAFETY: the kernel's arguments; choices were just made, at most n_entry of them are listed.
-                unsafe { self.group.launch(stream, grid, &args) }?;
-            }
-            (group.offsets, group.list) = (self.offsets.address(), self.list.address());
-        }
         let element = Format::of(&block.down).element();
-        let up = Product {
+        let mut up = Product {
             input: self.h[Format::of(&block.up).element() as usize].address(),
             output: self.hidden.address(),
-            offsets: group.offsets,
-            list: group.list,
+            choices: if is_moe { self.choices.address() } else { 0 },
             output_stride: self.stride_ff,
             n_row: n_entry,
             gathers: u32::from(is_moe),
@@ -490,20 +471,42 @@ impl Forward {
             element: element as u32,
             ..self.product(&[block.up])
         };
-        // SAFETY: normalised rows go in; `hidden` has room for every choice of every row.
-        unsafe { self.products.launch(stream, up, 1, 0) }?;
-        let down = Product {
+        let mut down = Product {
             input: self.hidden.address(),
             output: self.y.address(),
-            offsets: group.offsets,
-            list: group.list,
+            choices: up.choices,
             weights: if is_moe { self.weights.address() } else { 0 },
             input_stride: self.stride_ff,
             n_row: n_entry,
             ..self.product(&[block.down])
         };
+        let room = self.y.len();
+        let must_group = is_moe && !(self.products.finds_rows(&up, 0) && self.products.finds_rows(&down, room));
+
+        let mut norm = self.norm(block.norm2, &[&block.up]);
+        (norm.router, norm.selection_bias) = (block.router, block.selection_bias);
+        if must_group && n_entry <= MAX_ENTRY {
+            norm.arrived = self.arrived.address();
+        }
+        self.normalise(stream, norm, self.n_row)?;
+        self.n_part = 0;
+
+        if must_group {
+            if norm.arrived == 0 {
+                let grid = Grid { blocks: [m.n_expert, 1, 1], threads: 256, shared: 0 };
+                let args = args![self.choices, n_entry, m.n_expert, self.offsets, self.list];
+                // SAFETY: the kernel's arguments; choices were just made, at most n_entry of them are listed.
+                unsafe { self.group.launch(stream, grid, &args) }?;
+            }
+            for product in [&mut up, &mut down] {
+                product.choices = 0;
+                (product.offsets, product.list) = (self.offsets.address(), self.list.address());
+            }
+        }
+        // SAFETY: normalised rows go in; `hidden` has room for every choice of every row.
+        unsafe { self.products.launch(stream, up, 1, 0) }?;
         // SAFETY: as above; the launch keeps to y's length.
-        let n_split = unsafe { self.products.launch(stream, down, 1, self.y.len()) }?;
+        let n_split = unsafe { self.products.launch(stream, down, 1, room) }?;
         self.n_part = n_choice * n_split;
         Ok(())
     }

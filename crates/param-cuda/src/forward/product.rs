@@ -64,6 +64,8 @@ pub(super) struct Product {
     pub head_dim: u32,
     pub cache_f32: u32,
     pub k_warps: u32,
+    /// In the place of `offsets` and `list`, where [`Products::finds_rows`].
+    pub choices: u64,
 }
 
 /// A shape of tiles, each a kernel of its own: `PRODUCTS` in product.cuh.
@@ -106,6 +108,8 @@ const FEW_SLICE: u32 = 64;
 /// Rows that the kernels for few are given at most: a matrix's, and on average those of an expert.
 const FEW_ROWS: u32 = 128;
 const FEW_ROWS_OF_EXPERT: u32 = 40;
+/// Choices among which every block of theirs looks for its own.
+const FEW_ENTRIES: u32 = 1024;
 
 /// How a product is computed: by which kernel, in how many parts, over how many blocks of columns, and in kernels for few rows by how
 /// many warps a sum.
@@ -292,9 +296,19 @@ impl Products {
         Ok(plan.n_split)
     }
 
+    fn has_experts(product: &Product) -> bool {
+        product.offsets != 0 || product.choices != 0
+    }
+
+    /// Whether the kernel for `product`, which has `choices`, finds each expert's rows by itself. Its other rows, those that are not
+    /// of tokens, then lie in the order of entries.
+    pub(super) fn finds_rows(&self, product: &Product, room: usize) -> bool {
+        product.n_row <= FEW_ENTRIES && self.plan_few(product, 1, room).is_some()
+    }
+
     /// How many rows a matrix meets: where there are experts, on average.
     fn mean_rows(product: &Product) -> u32 {
-        if product.offsets != 0 { product.n_row.div_ceil(product.n_expert) } else { product.n_row }
+        if Self::has_experts(product) { product.n_row.div_ceil(product.n_expert) } else { product.n_row }
     }
 
     /// Into how many parts a sum may be split.
@@ -325,10 +339,12 @@ impl Products {
     fn plan_few(&self, product: &Product, n_matrix: u32, room: usize) -> Option<Plan> {
         let (n_out, n_col) = (product.w[0].n_row, product.w[0].n_col);
         let mean = Self::mean_rows(product);
-        let has_experts = product.offsets != 0;
+        let has_experts = Self::has_experts(product);
         let kernels = &self.kernels[&(Format::of(&product.w[0]) as u32)];
         let has = |which: usize| kernels.get(which).is_some_and(Option::is_some);
-        if mean > if has_experts { FEW_ROWS_OF_EXPERT } else { FEW_ROWS } {
+        if u64::from(n_out) * u64::from(n_col) >= 1 << 31
+            || mean > if has_experts { FEW_ROWS_OF_EXPERT } else { FEW_ROWS }
+        {
             return None;
         }
         let n_slice = n_col.div_ceil(FEW_SLICE);
@@ -375,7 +391,7 @@ impl Products {
             _ => {
                 // Wide tiles where they alone occupy most of the GPU.
                 let wide = SHAPES[3];
-                let n_expert = if product.offsets != 0 { product.n_expert } else { 1 };
+                let n_expert = if Self::has_experts(product) { product.n_expert } else { 1 };
                 let n = mean / wide.n_row * product.w[0].n_row.div_ceil(wide.n_column) * n_matrix * n_expert;
                 if n * 4 >= self.n_multiprocessor * 3 { 3 } else { 2 }
             }
@@ -385,7 +401,7 @@ impl Products {
     fn splits(&self, product: &Product, which: usize, room: usize) -> u32 {
         let format = Format::of(&product.w[0]);
         let (shape, tile_k) = (format.shapes()[which], if format == Format::F32 { TILE_K_F32 } else { TILE_K });
-        let n_expert = if product.offsets != 0 { product.n_expert } else { 1 };
+        let n_expert = if Self::has_experts(product) { product.n_expert } else { 1 };
         let row_tiles = Self::mean_rows(product).div_ceil(shape.n_row) * n_expert;
         let blocks = row_tiles * product.w[0].n_row.div_ceil(shape.n_column);
         let k_tiles = product.w[0].n_col.div_ceil(tile_k);
@@ -411,7 +427,10 @@ impl Products {
             }
         };
         // With experts, as many tiles as there can be: each may end with one that is not full.
-        let row_tiles = if product.offsets != 0 {
+        let row_tiles = if product.choices != 0 {
+            // No row chooses an expert twice.
+            (product.n_row / product.n_used).div_ceil(n_row) * product.n_expert
+        } else if product.offsets != 0 {
             product.n_row / n_row + product.n_expert.min(product.n_row)
         } else {
             product.n_row.div_ceil(n_row)

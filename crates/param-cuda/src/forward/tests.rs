@@ -207,14 +207,18 @@ fn product_error(
     let weights = gpu.upload("", &factors).unwrap();
     let partial = n_split > 1 || random.below(2) == 0;
     let is_grouped = n_expert > 1;
+    // Kernels for few rows find an expert's rows by themselves, if told to.
+    let finds = is_grouped && which > 3 && random.below(2) == 0;
+    let chosen = gpu.upload("", &choices).unwrap();
     let output = gpu.alloc::<u8>("", n_split as usize * n_entry * output_stride * 4).unwrap();
     let activation = if random.below(2) == 0 { Activation::GeluErf } else { Activation::GeluTanh };
     let product = Product {
         w: [matrix; 3],
         input: input.address(),
         output: output.address(),
-        offsets: if is_grouped { offsets.address() } else { 0 },
-        list: if is_grouped { device_list.address() } else { 0 },
+        choices: if finds { chosen.address() } else { 0 },
+        offsets: if is_grouped && !finds { offsets.address() } else { 0 },
+        list: if is_grouped && !finds { device_list.address() } else { 0 },
         weights: if is_grouped && partial { weights.address() } else { 0 },
         input_stride: stride as u32,
         output_stride: output_stride as u32,
@@ -244,7 +248,7 @@ fn product_error(
     for (i, listed) in list.iter().enumerate() {
         // Results of experts lie in the order of the list unless they are partial.
         let entry = if is_grouped { *listed as usize } else { i };
-        let row = if partial { entry } else { i };
+        let row = if partial || finds { entry } else { i };
         let expert = choices[entry] as usize;
         let x = &rounded[entry / n_used * stride..][..n_in];
         for n in 0..output_stride {
