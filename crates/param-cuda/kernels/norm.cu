@@ -5,9 +5,16 @@
 
 #define THREADS 256
 #define MAX_EXPERT 256
+#define MAX_AHEAD 5
 #define AT_ONCE 6      // parts of a sum that are under way
 #define ROUTER_AHEAD 8 // pieces of 128 columns of an expert's row of the router that a warp asks for at once
 #define MAX_ENTRY 1024 // choices that the last block groups
+
+// Weights that products will read soon.
+struct Ahead {
+    const u8* data;
+    u64 bytes;
+};
 
 // The same structure as in src/forward/norm.rs.
 struct NormArgs {
@@ -27,6 +34,7 @@ struct NormArgs {
     u32* arrived;                // blocks that have chosen, 0 before and after; null: choices are grouped elsewhere (group.cu)
     u32* offsets;                // [n_expert + 1]
     u32* list;                   // [n_row, n_used]
+    Ahead ahead[MAX_AHEAD];      // what the second-level cache is asked for, while memory is idle
     u32 n_embd, stride;
     u32 n_part;
     u32 n_expert, n_used;
@@ -208,6 +216,11 @@ KERNEL void __launch_bounds__(THREADS, 3) layer_norm(NormArgs p) {
             shift0 = *(const float4*)(p.norm.shift + first);
         }
     }
+#pragma unroll 1
+    for (u32 i = 0; i < MAX_AHEAD; i++)
+#pragma unroll 4
+        for (u64 at = ((u64)blockIdx.x * THREADS + thread) * 64; at < p.ahead[i].bytes; at += (u64)gridDim.x * THREADS * 64)
+            prefetch_l2(p.ahead[i].data + at);
     // The router's row of the expert that a warp begins with, as far as there is room.
     float4 ahead[ROUTER_AHEAD];
     u32 n_ahead = p.router && warp < p.n_expert ? p.n_embd : 0;

@@ -397,6 +397,11 @@ impl Forward {
         Ok(())
     }
 
+    /// Matrices in each stack of a feed-forward layer.
+    fn n_matrix(&self, block: &Block) -> u32 {
+        if block.router != 0 { self.model.model().n_expert } else { 1 }
+    }
+
     fn weights_of(&self, i: usize) -> Block {
         let block = self.model.blocks()[i];
         assert!(block.q.data != 0, "block {i} is not on the GPU");
@@ -406,7 +411,9 @@ impl Forward {
     fn attend(&mut self, stream: &Stream, i: usize) -> Result<()> {
         let block = self.weights_of(i);
         let m = *self.model.model();
-        self.normalise(stream, self.norm(block.norm1, &[&block.q, &block.k, &block.v]), self.n_row)?;
+        let mut norm = self.norm(block.norm1, &[&block.q, &block.k, &block.v]);
+        norm.ahead = norm::ahead(self.n_row, &[(block.out, 1), (block.up, self.n_matrix(&block))]);
+        self.normalise(stream, norm, self.n_row)?;
         self.n_part = 0;
 
         let qkv = [block.q, block.k, block.v];
@@ -485,6 +492,11 @@ impl Forward {
 
         let mut norm = self.norm(block.norm2, &[&block.up]);
         (norm.router, norm.selection_bias) = (block.router, block.selection_bias);
+        let mut soon = vec![(block.down, self.n_matrix(&block))];
+        if let Some(next) = self.model.blocks().get(i + 1) {
+            soon.extend([next.q, next.k, next.v, next.out].map(|matrix| (matrix, 1)));
+        }
+        norm.ahead = norm::ahead(self.n_row, &soon);
         if must_group && n_entry <= MAX_ENTRY {
             norm.arrived = self.arrived.address();
         }
