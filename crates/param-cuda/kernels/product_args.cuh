@@ -32,8 +32,11 @@ struct Product {
     u32 n_head;
     u32 head_dim;
     u32 cache_f32;
-    u32 k_warps;            // of product_few.cuh: warps that share a sum
+    u32 k_shift;            // of product_few.cuh: 2^k_shift warps share a sum
     const u32* choices;     // [n_row], of product_few.cuh: what each entry chose, in the place of `offsets` and `list`; or null
+    u32 per_split, n_tile;  // slices in each part of a sum; tiles of columns
+    u32 n_stage;            // in each warp's ring
+    u32 inverse;            // of n_used, if above 1: times an entry, the upper half is its row
 };
 
 struct Rows {

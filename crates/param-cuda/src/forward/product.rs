@@ -63,9 +63,13 @@ pub(super) struct Product {
     pub n_head: u32,
     pub head_dim: u32,
     pub cache_f32: u32,
-    pub k_warps: u32,
+    pub k_shift: u32,
     /// In the place of `offsets` and `list`, where [`Products::finds_rows`].
     pub choices: u64,
+    pub per_split: u32,
+    pub n_tile: u32,
+    pub n_stage: u32,
+    pub inverse: u32,
 }
 
 /// A shape of tiles, each a kernel of its own: `PRODUCTS` in product.cuh.
@@ -128,6 +132,22 @@ impl FewShape {
         16 * self.n_column * FEW_WARPS / k_warps
     }
 
+    /// Slices in each part of a sum.
+    fn per_split(self, n_col: u32, plan: Plan) -> u32 {
+        n_col.div_ceil(FEW_SLICE).div_ceil(plan.n_split)
+    }
+
+    /// Slices for which a warp has room: no more than it needs, where it does not go on to another tile.
+    fn stages(self, format: Format, n_col: u32, plan: Plan, n_out: u32) -> u32 {
+        let most = match (self.n_column, format) {
+            (1, _) => 6,
+            (_, Format::Q6K) => 3,
+            _ => 4,
+        };
+        let is_single = plan.blocks >= n_out.div_ceil(self.width(plan.k_warps));
+        if is_single { self.per_split(n_col, plan).div_ceil(plan.k_warps).min(most) } else { most }
+    }
+
     fn shared(self, format: Format, n_col: u32, plan: Plan, n_out: u32) -> u32 {
         let (slice, pad) = match format {
             Format::F16 | Format::Bf16 => (2048, 16),
@@ -135,15 +155,9 @@ impl FewShape {
             Format::Q4K => (768, 64),
             Format::Q6K | Format::F32 => (2048, 64),
         };
-        let n_slice = n_col.div_ceil(FEW_SLICE).div_ceil(plan.n_split);
-        let stages = match (self.n_column, format) {
-            (1, _) => 6,
-            (_, Format::Q6K) => 3,
-            _ => 4,
-        };
-        let width = self.width(plan.k_warps);
+        let (n_slice, width) = (self.per_split(n_col, plan), self.width(plan.k_warps));
         let is_single = plan.blocks >= n_out.div_ceil(width);
-        let stages = if is_single { n_slice.div_ceil(plan.k_warps).min(stages) } else { stages };
+        let stages = self.stages(format, n_col, plan, n_out);
         let rows = self.n_row * ((n_slice * FEW_SLICE).min(FEW_COLUMNS) * 2 + pad);
         let all = rows + FEW_WARPS * stages * self.n_column * slice;
         if is_single { all.max(plan.k_warps * self.n_row * (width + 4) * 4) } else { all }
@@ -422,7 +436,14 @@ impl Products {
             Some(shape) => (shape.n_row, shape.threads(), shape.shared(format)),
             None => {
                 let shape = FEW_SHAPES[plan.which - SHAPES.len()];
-                let shared = shape.shared(format, product.w[0].n_col, plan, product.w[0].n_row);
+                let (n_col, n_out) = (product.w[0].n_col, product.w[0].n_row);
+                let shared = shape.shared(format, n_col, plan, n_out);
+                product.k_shift = plan.k_warps.trailing_zeros();
+                product.per_split = shape.per_split(n_col, plan);
+                product.n_tile = n_out.div_ceil(shape.width(plan.k_warps));
+                product.n_stage = shape.stages(format, n_col, plan, n_out);
+                // Exact for entries up to 2^16: n_used is at most 32. 1 has none.
+                product.inverse = u32::try_from((1u64 << 32).div_ceil(u64::from(product.n_used.max(1)))).unwrap_or(0);
                 (shape.n_row, FEW_WARPS * 32, shared)
             }
         };
@@ -435,7 +456,7 @@ impl Products {
         } else {
             product.n_row.div_ceil(n_row)
         };
-        (product.n_split, product.k_warps) = (plan.n_split, plan.k_warps);
+        product.n_split = plan.n_split;
         let grid = Grid { blocks: [plan.blocks, row_tiles, n_matrix * plan.n_split], threads, shared };
         let kernel = self.kernels[&(format as u32)][plan.which].as_ref();
         let Some(kernel) = kernel else { unreachable!("a plan names kernels that are there") };
