@@ -19,7 +19,7 @@ use attention::{Attention, AttentionArgs, QUERIES, Span};
 use norm::{MAX_ENTRY, MAX_EXPERT, MAX_USED, NormArgs};
 #[cfg(test)]
 use product::Plan;
-use product::{Element, MAX_SPLIT, Output, Product, Products};
+use product::{EXPAND_ROWS, Element, MAX_SPLIT, Output, Product, Products};
 
 /// A token at a place in a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,10 +115,17 @@ impl Forward {
         let n_hidden = n_row_max * n_choice * stride_ff as usize;
         let n_normalised = n_row_max.max(n_logits_max) * stride as usize;
         let h = |element: Element| gpu.alloc::<u8>(WHAT, if any(element) { n_normalised * element.bytes() } else { 0 });
+        // The largest of what is unpacked at a time, if there are ever so many rows.
+        let elements = |matrix: &Matrix, n: u32| n as usize * matrix.n_row as usize * matrix.n_col as usize;
+        let n_expanded = model.blocks().iter().flat_map(|b| {
+            let n = if b.router != 0 { m.n_expert } else { 1 };
+            [elements(&b.q, 3), elements(&b.up, n), elements(&b.down, n)]
+        });
+        let n_expanded = if n_row_max >= EXPAND_ROWS as usize { n_expanded.max().unwrap_or(0) } else { 0 };
         let split = n_row_max.min(SPLIT_ROWS) * MAX_SPLIT as usize;
         let module = |ptx| Module::load(gpu, ptx);
         Ok(Forward {
-            products: Products::new(gpu, formats())?,
+            products: Products::new(gpu, formats(), n_expanded)?,
             attention: Attention::new(gpu, m)?,
             embed: module(include_str!("../../ptx/embed.ptx"))?.kernel("embed")?,
             layer_norm: module(include_str!("../../ptx/norm.ptx"))?.kernel("layer_norm")?,

@@ -6,6 +6,7 @@ use crate::caches::CacheTable;
 use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::kernel::{Arg, Grid, Kernel, Module};
+use crate::memory::Buffer;
 use crate::model::{Format, Matrix};
 use crate::stream::Stream;
 use std::collections::BTreeMap;
@@ -110,8 +111,10 @@ const FEW_WARPS: u32 = 8;
 const FEW_COLUMNS: u32 = 768;
 const FEW_SLICE: u32 = 64;
 /// Rows that the kernels for few are given at most: a matrix's, and on average those of an expert.
-const FEW_ROWS: u32 = 128;
+const FEW_ROWS: u32 = if cfg!(test) { 48 } else { 128 };
 const FEW_ROWS_OF_EXPERT: u32 = 40;
+/// Rows that a matrix meets from which on it is unpacked to f16 beforehand, instead of for each tile of rows.
+pub(super) const EXPAND_ROWS: u32 = if cfg!(test) { 60 } else { 512 };
 /// Choices among which every block of theirs looks for its own.
 const FEW_ENTRIES: u32 = 1024;
 
@@ -208,6 +211,16 @@ impl Format {
         }
     }
 
+    /// The kernel that unpacks it to f16, where it is quantized.
+    fn expand(self) -> Option<&'static str> {
+        match self {
+            Format::F32 | Format::F16 | Format::Bf16 => None,
+            Format::Q8_0 => Some("product_q8_0_expand"),
+            Format::Q4K => Some("product_q4_k_expand"),
+            Format::Q6K => Some("product_q6_k_expand"),
+        }
+    }
+
     fn shapes(self) -> &'static [Shape] {
         if self == Format::F32 { &SHAPES_F32 } else { &SHAPES }
     }
@@ -270,18 +283,30 @@ impl Shape {
 pub(super) struct Products {
     /// Of each shape, where blocks of the GPU have shared memory enough.
     kernels: BTreeMap<u32, Vec<Option<Kernel>>>,
+    /// What unpacks a quantized format, and room for what comes of it.
+    expand: BTreeMap<u32, Kernel>,
+    expanded: Buffer<u8>,
     n_multiprocessor: u32,
 }
 
 impl Products {
-    pub(super) fn new(gpu: &Arc<Gpu>, formats: impl Iterator<Item = Format>) -> Result<Products> {
-        let mut products = Products { kernels: BTreeMap::new(), n_multiprocessor: gpu.n_multiprocessor() as u32 };
-        for format in formats {
+    /// With room for `n_expanded` weights that are unpacked.
+    pub(super) fn new(gpu: &Arc<Gpu>, formats: impl Iterator<Item = Format>, n_expanded: usize) -> Result<Products> {
+        let mut products = Products {
+            kernels: BTreeMap::new(),
+            expand: BTreeMap::new(),
+            expanded: gpu.alloc("unpacked weights", 2 * n_expanded)?,
+            n_multiprocessor: gpu.n_multiprocessor() as u32,
+        };
+        for format in formats.chain((n_expanded > 0).then_some(Format::F16)) {
             if products.kernels.contains_key(&(format as u32)) {
                 continue;
             }
             let (ptx, names) = format.kernels();
             let module = Module::load(gpu, ptx)?;
+            if let Some(name) = format.expand() {
+                products.expand.insert(format as u32, module.kernel(name)?);
+            }
             let mut kernels = Vec::new();
             for (i, name) in names.iter().enumerate() {
                 let kernel = module.kernel(name)?;
@@ -305,9 +330,42 @@ impl Products {
     /// As [`Kernel::launch`]: every address in `product` must be valid for what it is used for.
     pub(super) unsafe fn launch(&self, stream: &Stream, product: Product, n_matrix: u32, room: usize) -> Result<u32> {
         let plan = self.plan(&product, n_matrix, room);
+        let mut product = product;
+        if plan.which < SHAPES.len() && Self::mean_rows(&product) >= EXPAND_ROWS {
+            // SAFETY: the caller's promise.
+            unsafe { self.expand(stream, &mut product, n_matrix) }?;
+        }
         // SAFETY: the caller's promise.
         unsafe { self.launch_as(stream, product, n_matrix, plan) }?;
         Ok(plan.n_split)
+    }
+
+    /// Queues unpacking of what `product` multiplies by, and lets it multiply by that, if it is quantized and there is room.
+    ///
+    /// # Safety
+    /// As [`Products::launch`].
+    pub(super) unsafe fn expand(&self, stream: &Stream, product: &mut Product, n_matrix: u32) -> Result<()> {
+        let w = product.w[0];
+        let n_stack = if Self::has_experts(product) { product.n_expert } else { 1 };
+        let bytes = 2 * u64::from(w.n_row) * u64::from(w.n_col);
+        let Some(kernel) = self.expand.get(&w.format) else { return Ok(()) };
+        if u64::from(n_matrix * n_stack) * bytes > self.expanded.len() as u64 {
+            return Ok(());
+        }
+        for (i, w) in (0..).zip(&mut product.w[..n_matrix as usize]) {
+            let to = self.expanded.address() + i * bytes;
+            let blocks = [w.n_row.div_ceil(128), w.n_col.div_ceil(TILE_K), n_stack];
+            let grid = Grid { blocks, threads: 256, shared: 0 };
+            // SAFETY: the kernel's arguments, with room as was just seen; the rest is the caller's promise.
+            unsafe { kernel.launch(stream, grid, &[Arg::value(*w), Arg::value(to)]) }?;
+            (w.data, w.matrix_bytes, w.format) = (to, bytes, Format::F16 as u32);
+        }
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(super) fn expanded(&self) -> &Buffer<u8> {
+        &self.expanded
     }
 
     fn has_experts(product: &Product) -> bool {

@@ -231,7 +231,7 @@ fn product_error(
         element: Element::F32 as u32,
         ..Product::default()
     };
-    let products = Products::new(&gpu, std::iter::once(format)).unwrap();
+    let products = Products::new(&gpu, std::iter::once(format), 0).unwrap();
     let mut plan = products.plan_of(&product, which, n_split);
     let k_warps = [1, 2, 4, 8][random.below(4)];
     if which > 3 && (k_warps > 1 || !partial || is_grouped || n_split > 1 || n_in > 768) {
@@ -319,6 +319,26 @@ fn products_do_not_depend_on_the_schedule() {
         }
     }
     param_cuda_emulation::schedule(None);
+}
+
+#[test]
+fn unpacked_weights_are_those_of_ggml() {
+    let gpu = gpu();
+    let stream = Stream::new(&gpu).unwrap();
+    let random = &mut Random::new(5);
+    for (format, n_in) in [(Format::Q8_0, 96), (Format::Q8_0, 64), (Format::Q4K, 512), (Format::Q6K, 256)] {
+        let stored = Stored::random(random, format, [3, 131, n_in], 0.5);
+        let (matrix, _data, _bias) = place(&gpu, &stored);
+        let products = Products::new(&gpu, std::iter::once(format), stored.values.len()).unwrap();
+        let mut product = Product { w: [matrix; 3], choices: 1, n_expert: 3, ..Product::default() };
+        // SAFETY: nothing but the weights is used.
+        unsafe { products.expand(&stream, &mut product, 1) }.unwrap();
+        assert_eq!((product.w[0].format, product.w[0].matrix_bytes), (Format::F16 as u32, 2 * 131 * n_in as u64));
+        let unpacked = numbers(&products.expanded().to_vec().unwrap(), Element::F16);
+        for (got, want) in unpacked.iter().zip(&stored.values) {
+            assert!((got - f64::from(*want)).abs() < product_bound(format), "{format:?}: {got} for {want}");
+        }
+    }
 }
 
 #[test]
