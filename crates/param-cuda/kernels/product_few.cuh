@@ -345,18 +345,22 @@ template <int FORMAT, int BM, int R> DEVICE void product_few(const Product& p) {
             }
             return;
         }
-        // Results of their own lie in whole sectors: eight columns of a row.
+        // Results of their own: eight columns of a row, a sector, by neighbouring lanes.
 #pragma unroll
         for (u32 r = 0; r < R; r++)
 #pragma unroll
-            for (u32 o = 0; o < n_octet; o++)
+            for (u32 h = 0; h < 2; h++) {
+                u32 n = first + r * 16 + g + h * 8, row = rows.begin + t * 2;
+                if (n >= w.n_row) continue;
+                float bias = matrix.bias ? matrix.bias[n] : 0.0f;
+                float* to = (float*)p.output + (u64)row * p.output_stride + n;
 #pragma unroll
-                for (u32 e = 0; e < 4; e++) {
-                    u32 n = first + r * 16 + g + e / 2 * 8, row = rows.begin + o * 8 + t * 2 + e % 2;
-                    if (n >= w.n_row || row >= rows.end) continue;
-                    float bias = matrix.bias ? matrix.bias[n] : 0.0f;
-                    ((float*)p.output)[(u64)row * p.output_stride + n] = sum[r][o][e] + bias;
+                for (u32 o = 0; o < n_octet; o++) {
+                    if (row + o * 8 < rows.end) to[0] = sum[r][o][2 * h] + bias;
+                    if (row + o * 8 + 1 < rows.end) to[p.output_stride] = sum[r][o][2 * h + 1] + bias;
+                    to += 8 * p.output_stride;
                 }
+            }
     }
 }
 
