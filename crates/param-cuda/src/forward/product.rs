@@ -111,8 +111,8 @@ const FEW_WARPS: u32 = 8;
 const FEW_COLUMNS: u32 = 768;
 const FEW_SLICE: u32 = 64;
 /// Rows that the kernels for few are given at most: a matrix's, and on average those of an expert.
-const FEW_ROWS: u32 = if cfg!(test) { 48 } else { 128 };
-const FEW_ROWS_OF_EXPERT: u32 = 40;
+const FEW_ROWS: u32 = if cfg!(test) { 48 } else { 256 };
+const FEW_ROWS_OF_EXPERT: u32 = if cfg!(test) { 40 } else { 128 };
 /// Rows that a matrix meets from which on it is unpacked to f16 beforehand, instead of for each tile of rows.
 pub(super) const EXPAND_ROWS: u32 = if cfg!(test) { 60 } else { 512 };
 /// Choices among which every block of theirs looks for its own.
@@ -426,13 +426,20 @@ impl Products {
         let is_plain = product.output_kind == Output::Partial as u32 && !has_experts && product.weights == 0;
         let which = SHAPES.len() + usize::from(mean > 16) + usize::from(mean > 32);
         let shape = FEW_SHAPES[which - SHAPES.len()];
-        if is_plain && room == 0 && n_col <= FEW_COLUMNS && n_out >= 4 * shape.width(1) * self.n_multiprocessor {
+        if is_plain
+            && room == 0
+            && mean <= 128
+            && n_col <= FEW_COLUMNS
+            && n_out >= 2 * shape.width(1) * self.n_multiprocessor
+        {
             let plan =
                 Plan { which, n_split: 1, k_warps: 1, blocks: self.n_multiprocessor / mean.div_ceil(shape.n_row) };
             return has(which).then_some(plan);
         }
 
-        let which = SHAPES.len() + usize::from(mean > 16);
+        // Up to 64 rows of a dense matrix make more blocks in tiles of 32.
+        let wide = if has_experts { mean > 40 } else { mean > 64 };
+        let which = SHAPES.len() + usize::from(mean > 16) + usize::from(wide);
         let shape = FEW_SHAPES[which - SHAPES.len()];
         let row_tiles = mean.div_ceil(shape.n_row) * if has_experts { product.n_expert } else { 1 };
         // The widest tiles, for which the rows are read least often, that keep every multiprocessor at work; or else the most blocks.
