@@ -52,8 +52,8 @@ template <int FORMAT, int BN> DEVICE void copy_weights(const Weights& w, u8* til
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
             u32 chunk = half + 2 * i;
-            bool in = k + chunk * 8 < n_col;
-            copy_async(tile + swizzled(n_in_block, chunk), in ? from + chunk * 16 : data, in ? 16 : 0);
+            // Nothing is read where no column is.
+            copy_async(tile + swizzled(n_in_block, chunk), from + chunk * 16, k + chunk * 8 < n_col ? 16 : 0);
         }
     } else if (FORMAT == FORMAT_Q8_0) {
         // A half takes one block of 32 elements with its scale.
@@ -213,11 +213,12 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int WK, int STAGES, int BU
         if (t * WK + group < n_tile) {
             u32 k = (first_tile + t * WK + group) * TILE_K, stage = t % STAGES;
             u8* a = a_tiles + stage * a_bytes;
+            int n_byte = k + chunk * 8 < last_column ? 16 : 0;
 #pragma unroll
             for (u32 i = 0; i < n_copy; i++) {
-                bool in = from[i] != NO_CHUNK && k + chunk * 8 < last_column;
-                const u8* source = p.input + (in ? (u64)(from[i] + k / 8) * 16 : 0);
-                copy_async(a + swizzled(thread / 8 + i * (threads / 8), chunk), source, in ? 16 : 0);
+                // Rows that are not there may be anything: nothing comes of them.
+                if (from[i] != NO_CHUNK)
+                    copy_async(a + swizzled(thread / 8 + i * (threads / 8), chunk), p.input + (u64)(from[i] + k / 8) * 16, n_byte);
             }
             copy_weights<FORMAT, BN>(w, w_tiles + stage * w_bytes, raws + stage * raw_bytes, w_row, k);
         }
