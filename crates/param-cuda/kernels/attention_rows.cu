@@ -5,6 +5,7 @@
 
 #define WARPS 4
 #define AHEAD 4
+#define ROUNDS_AHEAD 4
 
 template <bool F32> DEVICE void load8(float (&v)[8], const u8* cache, u64 at) {
     if (F32) {
@@ -48,8 +49,22 @@ template <int LANES, bool F32> DEVICE void attend(const AttentionArgs& p) {
         q[i] *= scale;
         sum[i] = 0.0f;
     }
+    // Keys and values that are read soon are on their way to the second-level cache: registers have room for those of one round only.
+    const u32 round = WARPS * groups * AHEAD;
+    u32 key_bytes = p.head_dim * (F32 ? 4 : 2);
+    const u8* all_keys = cache + head_begin(p, 0, head) * (F32 ? 4 : 2);
+    const u8* all_vals = cache + head_begin(p, 1, head) * (F32 ? 4 : 2);
+    auto prefetch = [&](u32 first, u32 last) {
+        for (u32 at = first * key_bytes + thread * 64; at < min(last, n_key) * key_bytes; at += WARPS * WARP * 64) {
+            prefetch_l2(all_keys + at);
+            prefetch_l2(all_vals + at);
+        }
+    };
+    prefetch(round, round * ROUNDS_AHEAD);
     float most = -1.0e30f, total = 0.0f;
-    for (u32 key0 = warp * groups * AHEAD; key0 < n_key; key0 += WARPS * groups * AHEAD) {
+    for (u32 key0 = warp * groups * AHEAD; key0 < n_key; key0 += round) {
+        u32 ahead = key0 - warp * groups * AHEAD + round * ROUNDS_AHEAD;
+        prefetch(ahead, ahead + round);
         float score[AHEAD];
         float v[AHEAD][8];
         float now = most;
@@ -118,7 +133,7 @@ KERNEL void __launch_bounds__(128, 6) attention_rows_f16_32(AttentionArgs p) { a
 KERNEL void __launch_bounds__(128, 6) attention_rows_f16_64(AttentionArgs p) { attend<8, false>(p); }
 KERNEL void __launch_bounds__(128, 6) attention_rows_f16_128(AttentionArgs p) { attend<16, false>(p); }
 KERNEL void __launch_bounds__(128, 6) attention_rows_f16_256(AttentionArgs p) { attend<32, false>(p); }
-KERNEL void __launch_bounds__(128, 6) attention_rows_f32_32(AttentionArgs p) { attend<4, true>(p); }
-KERNEL void __launch_bounds__(128, 6) attention_rows_f32_64(AttentionArgs p) { attend<8, true>(p); }
-KERNEL void __launch_bounds__(128, 6) attention_rows_f32_128(AttentionArgs p) { attend<16, true>(p); }
-KERNEL void __launch_bounds__(128, 6) attention_rows_f32_256(AttentionArgs p) { attend<32, true>(p); }
+KERNEL void __launch_bounds__(128, 5) attention_rows_f32_32(AttentionArgs p) { attend<4, true>(p); }
+KERNEL void __launch_bounds__(128, 5) attention_rows_f32_64(AttentionArgs p) { attend<8, true>(p); }
+KERNEL void __launch_bounds__(128, 5) attention_rows_f32_128(AttentionArgs p) { attend<16, true>(p); }
+KERNEL void __launch_bounds__(128, 5) attention_rows_f32_256(AttentionArgs p) { attend<32, true>(p); }

@@ -36,13 +36,20 @@ DEVICE float weight(const Matrix& m, u64 row, u32 col) {
     }
 }
 
-KERNEL void __launch_bounds__(128) embed(Matrix token_embd, const float* position_embd, const u32* tokens, const u32* positions,
+// A thread takes four columns at a time; n_embd is a multiple of 8.
+KERNEL void __launch_bounds__(256) embed(Matrix token_embd, const float* position_embd, const u32* tokens, const u32* positions,
                                          const u32* slots, float* x, u32 n_embd, u32 stride) {
     u32 row = blockIdx.x;
-    bool pads = slots[row] == NO_SLOT;
-    for (u32 i = threadIdx.x; i < stride; i += blockDim.x) {
-        float v = 0.0f;
-        if (!pads && i < n_embd) v = weight(token_embd, tokens[row], i) + position_embd[(u64)positions[row] * n_embd + i];
-        x[(u64)row * stride + i] = v;
+    u32 slot = slots[row], token = tokens[row], position = positions[row];
+    for (u32 i = threadIdx.x * 4; i < stride; i += blockDim.x * 4) {
+        float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (slot != NO_SLOT && i < n_embd) {
+            v = *(const float4*)(position_embd + (u64)position * n_embd + i);
+            v.x += weight(token_embd, token, i);
+            v.y += weight(token_embd, token, i + 1);
+            v.z += weight(token_embd, token, i + 2);
+            v.w += weight(token_embd, token, i + 3);
+        }
+        *(float4*)(x + (u64)row * stride + i) = v;
     }
 }

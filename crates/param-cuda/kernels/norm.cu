@@ -5,7 +5,16 @@
 
 #define THREADS 256
 #define MAX_EXPERT 256
+#define MAX_AHEAD 5
+#define AT_ONCE 6      // parts of a sum that are under way
+#define ROUTER_AHEAD 8 // pieces of 128 columns of an expert's row of the router that a warp asks for at once
 #define MAX_ENTRY 1024 // choices that the last block groups
+
+// Weights that products will read soon.
+struct Ahead {
+    const u8* data;
+    u64 bytes;
+};
 
 // The same structure as in src/forward/norm.rs.
 struct NormArgs {
@@ -25,21 +34,20 @@ struct NormArgs {
     u32* arrived;                // blocks that have chosen, 0 before and after; null: choices are grouped elsewhere (group.cu)
     u32* offsets;                // [n_expert + 1]
     u32* list;                   // [n_row, n_used]
+    Ahead ahead[MAX_AHEAD];      // what the second-level cache is asked for, while memory is idle
     u32 n_embd, stride;
     u32 n_part;
     u32 n_expert, n_used;
     float eps;
 };
 
+// `parts` are of this sum alone.
 DEVICE float block_sum(float v, float* parts) {
     v = warp_sum(v);
     if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = v;
     __syncthreads();
-    v = 0.0f;
-#pragma unroll
-    for (u32 i = 0; i < THREADS / WARP; i++) v += parts[i];
-    __syncthreads();
-    return v;
+    float4 a = *(const float4*)parts, b = *(const float4*)(parts + 4);
+    return a.x + a.y + (a.z + a.w) + (b.x + b.y + (b.z + b.w));
 }
 
 // Three times four numbers, for one of the products that follow each.
@@ -59,13 +67,22 @@ DEVICE void store_four(const NormArgs& p, u64 at, float4 e) {
 DEVICE float4 sum_up(const NormArgs& p, const float* x, const float* y, u32 i) {
     float4 e = *(const float4*)(x + i);
     if (!p.y) return e;
-#pragma unroll 4
-    for (u32 part = 0; part < p.n_part; part++) {
-        float4 a = *(const float4*)(y + (u64)part * p.stride + i);
-        e.x += a.x;
-        e.y += a.y;
-        e.z += a.z;
-        e.w += a.w;
+    // Six at a time, all under way before the first is added.
+#pragma unroll 1
+    for (u32 part = 0; part < p.n_part; part += AT_ONCE) {
+        float4 a[AT_ONCE];
+#pragma unroll
+        for (u32 j = 0; j < AT_ONCE; j++) {
+            a[j] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (part + j < p.n_part) a[j] = *(const float4*)(y + (u64)(part + j) * p.stride + i);
+        }
+#pragma unroll
+        for (u32 j = 0; j < AT_ONCE; j++) {
+            e.x += a[j].x;
+            e.y += a[j].y;
+            e.z += a[j].z;
+            e.w += a[j].w;
+        }
     }
     return e;
 }
@@ -81,6 +98,28 @@ DEVICE float squares(float4 e, float mean) {
 // A warp chooses for its row.
 DEVICE void choose(const NormArgs& p, u32 row, const float* logits) {
     u32 lane = threadIdx.x % WARP;
+    if (p.n_expert <= WARP) {
+        // A lane an expert, whose rank is how many come before it.
+        bool is_expert = lane < p.n_expert;
+        float logit = is_expert ? logits[lane] : 0.0f, score = logit;
+        if (is_expert && p.selection_bias) score += p.selection_bias[lane];
+        if (!(score > LEAST)) score = LEAST; // NaN too, so that something is chosen
+        u32 rank = 0;
+#pragma unroll 8
+        for (u32 e = 0; e < p.n_expert; e++) {
+            float other = __shfl_sync(FULL, score, e);
+            rank += other > score || (other == score && e < lane);
+        }
+        bool is_chosen = is_expert && rank < p.n_used;
+        float greatest = warp_max(is_chosen ? logit : LEAST);
+        float weight = is_chosen ? expf(logit - greatest) : 0.0f;
+        float total = warp_sum(weight);
+        if (is_chosen) {
+            p.choices[row * p.n_used + rank] = lane;
+            p.weights[row * p.n_used + rank] = weight / total;
+        }
+        return;
+    }
     // Every lane looks after experts lane, lane + 32, ..; bit i of `taken` says that the i-th of them is chosen.
     u32 taken = 0;
     float greatest = 0.0f, total = 0.0f, mine = 0.0f;
@@ -155,8 +194,9 @@ DEVICE void group(const NormArgs& p) {
 }
 
 // n_embd is a multiple of 8, `stride` of 32.
-KERNEL void __launch_bounds__(THREADS, 4) layer_norm(NormArgs p) {
-    __shared__ float parts[THREADS / WARP];
+KERNEL void __launch_bounds__(THREADS, 3) layer_norm(NormArgs p) {
+    __shared__ __align__(16) float sum_parts[THREADS / WARP];
+    __shared__ __align__(16) float square_parts[THREADS / WARP];
     __shared__ float logits[MAX_EXPERT];
     DYNAMIC_SHARED(float, v); // [n_embd]
     u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
@@ -176,6 +216,20 @@ KERNEL void __launch_bounds__(THREADS, 4) layer_norm(NormArgs p) {
             shift0 = *(const float4*)(p.norm.shift + first);
         }
     }
+#pragma unroll 1
+    for (u32 i = 0; i < MAX_AHEAD; i++)
+#pragma unroll 4
+        for (u64 at = ((u64)blockIdx.x * THREADS + thread) * 64; at < p.ahead[i].bytes; at += (u64)gridDim.x * THREADS * 64)
+            prefetch_l2(p.ahead[i].data + at);
+    // The router's row of the expert that a warp begins with, as far as there is room.
+    float4 ahead[ROUTER_AHEAD];
+    u32 n_ahead = p.router && warp < p.n_expert ? p.n_embd : 0;
+#pragma unroll
+    for (u32 j = 0; j < ROUTER_AHEAD; j++) {
+        u32 i = (j * WARP + lane) * 4;
+        ahead[j] = zero;
+        if (i < n_ahead) ahead[j] = *(const float4*)(p.router + (u64)warp * p.n_embd + i);
+    }
     if (slot == NO_SLOT) {
         if (normalises)
             for (u32 i = first; i < p.stride; i += THREADS * 4) store_four(p, to + i, zero);
@@ -193,10 +247,10 @@ KERNEL void __launch_bounds__(THREADS, 4) layer_norm(NormArgs p) {
         sum += e.x + e.y + (e.z + e.w);
     }
     if (!normalises) return;
-    float mean = block_sum(sum, parts) / (float)p.n_embd;
+    float mean = block_sum(sum, sum_parts) / (float)p.n_embd;
     float square = has_first ? squares(e0, mean) : 0.0f;
     for (u32 i = first + THREADS * 4; i < p.n_embd; i += THREADS * 4) square += squares(*(const float4*)(v + i), mean);
-    float variance = block_sum(square, parts) / (float)p.n_embd;
+    float variance = block_sum(square, square_parts) / (float)p.n_embd;
     // Anything in the row that is not finite makes this neither; a comparison with NaN is false.
     if (thread == 0 && !(variance < 3.0e38f)) atomicMax(p.not_finite, 1u);
     float factor = 1.0f / sqrtf(variance + p.eps);
@@ -221,8 +275,18 @@ KERNEL void __launch_bounds__(THREADS, 4) layer_norm(NormArgs p) {
     for (u32 e = warp; e < p.n_expert; e += THREADS / WARP) {
         const float* w = p.router + (u64)e * p.n_embd;
         float dot = 0.0f;
+        u32 begin = lane * 4;
+        if (e == warp) {
+#pragma unroll
+            for (u32 j = 0; j < ROUTER_AHEAD; j++) {
+                if (begin >= p.n_embd) break;
+                float4 a = *(const float4*)(v + begin), b = ahead[j];
+                dot += a.x * b.x + a.y * b.y + (a.z * b.z + a.w * b.w);
+                begin += WARP * 4;
+            }
+        }
 #pragma unroll 8
-        for (u32 i = lane * 4; i < p.n_embd; i += WARP * 4) {
+        for (u32 i = begin; i < p.n_embd; i += WARP * 4) {
             float4 a = *(const float4*)(v + i), b = *(const float4*)(w + i);
             dot += a.x * b.x + a.y * b.y + (a.z * b.z + a.w * b.w);
         }

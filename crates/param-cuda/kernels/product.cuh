@@ -52,8 +52,8 @@ template <int FORMAT, int BN> DEVICE void copy_weights(const Weights& w, u8* til
 #pragma unroll
         for (u32 i = 0; i < 4; i++) {
             u32 chunk = half + 2 * i;
-            bool in = k + chunk * 8 < n_col;
-            copy_async(tile + swizzled(n_in_block, chunk), in ? from + chunk * 16 : data, in ? 16 : 0);
+            // Nothing is read where no column is.
+            copy_async(tile + swizzled(n_in_block, chunk), from + chunk * 16, k + chunk * 8 < n_col ? 16 : 0);
         }
     } else if (FORMAT == FORMAT_Q8_0) {
         // A half takes one block of 32 elements with its scale.
@@ -213,11 +213,12 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int WK, int STAGES, int BU
         if (t * WK + group < n_tile) {
             u32 k = (first_tile + t * WK + group) * TILE_K, stage = t % STAGES;
             u8* a = a_tiles + stage * a_bytes;
+            int n_byte = k + chunk * 8 < last_column ? 16 : 0;
 #pragma unroll
             for (u32 i = 0; i < n_copy; i++) {
-                bool in = from[i] != NO_CHUNK && k + chunk * 8 < last_column;
-                const u8* source = p.input + (in ? (u64)(from[i] + k / 8) * 16 : 0);
-                copy_async(a + swizzled(thread / 8 + i * (threads / 8), chunk), source, in ? 16 : 0);
+                // Rows that are not there may be anything: nothing comes of them.
+                if (from[i] != NO_CHUNK)
+                    copy_async(a + swizzled(thread / 8 + i * (threads / 8), chunk), p.input + (u64)(from[i] + k / 8) * 16, n_byte);
             }
             copy_weights<FORMAT, BN>(w, w_tiles + stage * w_bytes, raws + stage * raw_bytes, w_row, k);
         }
@@ -299,6 +300,37 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int WK, int STAGES, int BU
     __syncthreads();
     store_sums<BM, BN, WK, threads * WK>(p, matrix, rows, which, split, sums);
 }
+
+// The matrices of a stack in f16, for products of so many rows that unpacking once costs less than once a tile of them.
+// Grid: tiles of 128 rows, of 64 columns, matrices. Limit: memory; bytes = W, and 2 a weight.
+template <int FORMAT> DEVICE void expand(const Matrix& m, u8* output) {
+    __shared__ __align__(16) u8 raw[128 * (Raw<FORMAT>::bytes ? Raw<FORMAT>::bytes : 16)];
+    __shared__ __align__(16) u8 tile[128 * TILE_K * 2];
+    u32 thread = threadIdx.x, first = blockIdx.x * 128, k = blockIdx.y * TILE_K;
+    Weights w;
+    w.data = m.data + blockIdx.z * m.matrix_bytes;
+    w.matrix_bytes = m.matrix_bytes;
+    w.n_row = m.n_row;
+    w.n_col = m.n_col;
+    w.row = min(first + thread / 2, m.n_row - 1);
+    w.half = thread % 2;
+    copy_weights<FORMAT, 128>(w, tile, raw, thread / 2, k);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    unpack_weights<FORMAT, 128>(w, tile, raw, thread / 2, k);
+    __syncthreads();
+    u8* to = output + (u64)blockIdx.z * m.n_row * m.n_col * 2;
+#pragma unroll
+    for (u32 i = 0; i < 4; i++) {
+        u32 row = thread / 8 + i * 32, chunk = thread % 8;
+        if (first + row < m.n_row && k + chunk * 8 < m.n_col)
+            *(int4*)(to + ((u64)(first + row) * m.n_col + k + chunk * 8) * 2) = *(const int4*)(tile + swizzled(row, chunk));
+    }
+}
+
+#define EXPAND(NAME, FORMAT) \
+    KERNEL void __launch_bounds__(256) NAME##_expand(Matrix m, u8* output) { expand<FORMAT>(m, output); }
 
 // Tiles of rows for prompts, of which shared memory and registers let two lie on a multiprocessor, and three for few rows.
 #define PRODUCTS(NAME, FORMAT)                                                                                                      \

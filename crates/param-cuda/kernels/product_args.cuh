@@ -32,7 +32,11 @@ struct Product {
     u32 n_head;
     u32 head_dim;
     u32 cache_f32;
-    u32 k_warps;            // of product_few.cuh: warps that share a sum
+    u32 k_shift;            // of product_few.cuh: 2^k_shift warps share a sum
+    const u32* choices;     // [n_row], of product_few.cuh: what each entry chose, in the place of `offsets` and `list`; or null
+    u32 per_split, n_tile;  // slices in each part of a sum; tiles of columns
+    u32 n_stage;            // in each warp's ring
+    u32 inverse;            // of n_used, if above 1: times an entry, the upper half is its row
 };
 
 struct Rows {
@@ -88,7 +92,8 @@ struct OutputRow {
     u32 cache;         // 1: heads lie n_ctx * head_dim elements apart
 };
 
-DEVICE OutputRow find_output_row(const Product& p, const Matrix& matrix, u32 which, u32 split, u32 expert, u32 r) {
+// Of row r, which the list gives to `entry`.
+DEVICE OutputRow find_output_row(const Product& p, const Matrix& matrix, u32 which, u32 split, u32 expert, u32 r, u32 entry) {
     OutputRow out;
     out.bias = matrix.bias != 0 && split == 0 ? matrix.bias + (u64)expert * matrix.n_row : 0;
     out.factor = 1.0f;
@@ -96,7 +101,6 @@ DEVICE OutputRow find_output_row(const Product& p, const Matrix& matrix, u32 whi
     if (p.output_kind == OUTPUT_ACTIVATED) {
         out.to = p.output + (u64)r * p.output_stride * (p.element == ELEMENT_F32 ? 4 : 2);
     } else if (p.output_kind == OUTPUT_PARTIAL) {
-        u32 entry = p.list ? p.list[r] : r;
         if (p.weights) out.factor = p.weights[entry];
         out.to = p.output + ((u64)entry * p.n_split + split) * p.output_stride * 4;
     } else if (which + p.first_matrix == 0) {
@@ -175,6 +179,6 @@ DEVICE void store_sums(const Product& p, const Matrix& matrix, const Rows& rows,
             v[2] += s.z;
             v[3] += s.w;
         }
-        store_four(p, matrix, find_output_row(p, matrix, which, split, rows.expert, r), blockIdx.x * BN + column, v);
+        store_four(p, matrix, find_output_row(p, matrix, which, split, rows.expert, r, p.list ? p.list[r] : r), blockIdx.x * BN + column, v);
     }
 }

@@ -16,45 +16,66 @@ template <> struct Slice<FORMAT_Q8_0> { static const u32 bytes = 1024 + 512, apa
 template <> struct Slice<FORMAT_Q4_K> { static const u32 bytes = 512 + 256, apart = 1; };
 template <> struct Slice<FORMAT_Q6_K> { static const u32 bytes = 1024 + 512 + 256 + 256, apart = 1; };
 
-// Columns k to k + 63 of rows `first` to `first` + 15, the last row in the place of those that do not exist.
-template <int FORMAT> DEVICE void copy_slice(const Weights& w, u8* to, u32 first, u32 k) {
-    u32 lane = threadIdx.x % WARP, last = w.n_row - 1, n_col = w.n_col;
+// Where a lane copies its part of slices from, in bytes from the matrix's beginning at column 0; the last row stands in the place of
+// those that do not exist.
+template <int FORMAT> struct Source {
+    u32 quants[2];
+    u32 scales[2];
+};
+
+template <int FORMAT> DEVICE Source<FORMAT> find_source(const Weights& w, u32 first) {
+    Source<FORMAT> s;
+    u32 lane = threadIdx.x % WARP, last = w.n_row - 1, n_col = w.n_col, all = w.n_row * n_col;
+    u32 half = lane % 2, row = min(first + lane / 2, last);
     if (FORMAT == FORMAT_F16 || FORMAT == FORMAT_BF16 || FORMAT == FORMAT_Q8_0) {
         const u32 size = FORMAT == FORMAT_Q8_0 ? 1 : 2;
-        u32 column = k + lane % 4 * 16;
-        bool in = column < n_col;
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            u32 row = min(first + lane / 4 + i * 8, last);
-            const u8* from = w.data + (in ? ((u64)row * n_col + column) * size : 0);
-#pragma unroll
-            for (u32 j = 0; j < size; j++) {
-                bool has = in && column + j * 8 < n_col;
-                copy_async(to + ((i * size + j) * WARP + lane) * 16, has ? from + j * 16 : w.data, has ? 16 : 0);
-            }
-        }
-        if (FORMAT == FORMAT_Q8_0) {
-            u32 row = min(first + lane / 2, last), block = (k >> 5) + lane % 2;
-            if (block * 32 < n_col) copy_around(w, to + 1024 + lane * 16, (u64)w.n_row * n_col + ((u64)row * (n_col >> 5) + block) * 2);
-        }
-        return;
+        s.quants[0] = (min(first + lane / 4, last) * n_col + lane % 4 * 16) * size;
+        s.quants[1] = (min(first + lane / 4 + 8, last) * n_col + lane % 4 * 16) * size;
+        s.scales[0] = s.scales[1] = all + (row * (n_col >> 5) + half) * 2;
+    } else if (FORMAT == FORMAT_Q4_K) {
+        s.quants[0] = s.quants[1] = (row * n_col >> 1) + half * 16;
+        s.scales[0] = s.scales[1] = (all >> 1) + min(first + lane % 16, last) * (n_col >> 8) * 16;
+    } else {
+        u32 scales = (all >> 1) + (all >> 2);
+        s.quants[0] = (row * n_col >> 1) + half * 32;
+        s.quants[1] = (all >> 1) + (row * n_col >> 2) + half * 16;
+        s.scales[0] = scales + row * (n_col >> 8) * 16;
+        s.scales[1] = scales + (all >> 4) + row * (n_col >> 8) * 2;
     }
-    u32 row = min(first + lane / 2, last), half = lane % 2;
-    u64 at = (u64)row * n_col + k, all = (u64)w.n_row * n_col;
-    if (FORMAT == FORMAT_Q4_K) {
-        copy_async(to + lane * 16, w.data + (at >> 1) + half * 16);
-        if (lane < 16) {
-            row = min(first + lane, last);
-            copy_async(to + 512 + lane * 16, w.data + (all >> 1) + (((u64)row * n_col + k) >> 8) * 16);
+    return s;
+}
+
+// The 16 bytes at a multiple of 16 around `at`, as far as the matrix has them.
+DEVICE void copy_around(const Weights& w, u8* to, u32 at, bool in) {
+    u32 from = at & ~15u, left = (u32)w.matrix_bytes - from;
+    copy_async(to, w.data + (in ? from : 0), in ? (int)min(left, 16u) : 0);
+}
+
+// Columns k to k + 63 of 16 rows of a matrix of less than 2^31 bytes.
+template <int FORMAT> DEVICE void copy_slice(const Weights& w, const Source<FORMAT>& s, u8* to, u32 k) {
+    u32 lane = threadIdx.x % WARP;
+    u8* own = to + lane * 16;
+    if (FORMAT == FORMAT_Q8_0) {
+        bool in = k + lane % 4 * 16 < w.n_col;
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) copy_async(own + i * 512, w.data + (in ? s.quants[i] + k : 0), in ? 16 : 0);
+        copy_around(w, own + 1024, s.scales[0] + (k >> 4), k + lane % 2 * 32 < w.n_col);
+    } else if (FORMAT == FORMAT_F16 || FORMAT == FORMAT_BF16) {
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            bool in = k + lane % 4 * 16 + i % 2 * 8 < w.n_col;
+            copy_async(own + i * 512, w.data + (in ? s.quants[i / 2] + k * 2 + i % 2 * 16 : 0), in ? 16 : 0);
         }
-    } else if (FORMAT == FORMAT_Q6_K) {
-        u64 piece = (u64)row * n_col + (k & ~127u);
-        copy_async(to + lane * 32, w.data + (piece >> 1) + half * 32);
-        copy_async(to + lane * 32 + 16, w.data + (piece >> 1) + half * 32 + 16);
-        copy_async(to + 1024 + lane * 16, w.data + (all >> 1) + (piece >> 2) + half * 16);
-        u64 scales = (all >> 1) + (all >> 2);
-        if (half == 0) copy_async(to + 1536 + lane / 2 * 16, w.data + scales + (at >> 8) * 16);
-        else copy_around(w, to + 1792 + lane / 2 * 16, scales + (all >> 4) + (at >> 8) * 2);
+    } else if (FORMAT == FORMAT_Q4_K) {
+        copy_async(own, w.data + (s.quants[0] + (k >> 1)));
+        if (lane < 16) copy_async(own + 512, w.data + (s.scales[0] + (k >> 8) * 16));
+    } else {
+        const u8* low = w.data + (s.quants[0] + ((k & ~127u) >> 1));
+        copy_async(to + lane * 32, low);
+        copy_async(to + lane * 32 + 16, low + 16);
+        copy_async(own + 1024, w.data + (s.quants[1] + ((k & ~127u) >> 2)));
+        if (lane % 2 == 0) copy_async(to + 1536 + lane / 2 * 16, w.data + (s.scales[0] + (k >> 8) * 16));
+        else copy_around(w, to + 1792 + lane / 2 * 16, s.scales[1] + (k >> 8) * 2, true);
     }
 }
 
@@ -73,8 +94,7 @@ template <int FORMAT> DEVICE void unpack_slice(const Weights& w, u32 (&f)[4][4],
             int4 q = *(const int4*)(slice + (i * WARP + lane) * 16);
             u32 block = (k >> 5) + t / 2;
             u32 at = (min(first + row, last) * (n_col >> 5) + block) * 2 & 15;
-            // Columns beyond the last are zeros times anything finite.
-            u32 s = block * 32 < n_col ? twice(*(const u16*)(slice + 1024 + (row * 2 + t / 2) * 16 + at)) : 0;
+            u32 s = twice(*(const u16*)(slice + 1024 + (row * 2 + t / 2) * 16 + at));
             u32 words[4] = {(u32)q.x ^ 0x80808080u, (u32)q.y ^ 0x80808080u, (u32)q.z ^ 0x80808080u, (u32)q.w ^ 0x80808080u};
 #pragma unroll
             for (u32 j = 0; j < 4; j++) {
@@ -124,6 +144,33 @@ template <int FORMAT> DEVICE void unpack_slice(const Weights& w, u32 (&f)[4][4],
     }
 }
 
+// Which entries chose the expert of tile blockIdx.y, into `entries`, in their order: tile blockIdx.y / n_expert of their rows.
+template <int BM> DEVICE Rows find_chosen(const Product& p, u32* entries, u32* counts) {
+    u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
+    Rows r;
+    r.expert = blockIdx.y % p.n_expert;
+    u32 begin = blockIdx.y / p.n_expert * BM, at = 0;
+#pragma unroll 1
+    for (u32 first = 0; first < p.n_row; first += FEW_WARPS * WARP) {
+        u32 i = first + thread;
+        bool mine = i < p.n_row && p.choices[i] == r.expert;
+        u32 all = __ballot_sync(FULL, mine);
+        if (lane == 0) counts[warp] = __popc(all);
+        __syncthreads();
+        u32 place = at + __popc(all & ((1u << lane) - 1));
+#pragma unroll
+        for (u32 w = 0; w < FEW_WARPS; w++) {
+            if (w < warp) place += counts[w];
+            at += counts[w];
+        }
+        if (mine && place >= begin && place < begin + BM) entries[place - begin] = i;
+        __syncthreads();
+    }
+    r.begin = 0;
+    r.end = at > begin ? min(at - begin, (u32)BM) : 0;
+    return r;
+}
+
 // Of 8 warps k_warps share a sum, every k_warps-th slice each, and the others have outputs of their own: a tile is [BM, 16 R 8 / k_warps].
 // A block that has more than one tile (of results that need no list, and no more columns than A has room for) goes on to the next
 // without a pause, with k_warps = 1. Grid: tiles of columns, tiles of rows, matrices times splits.
@@ -134,65 +181,86 @@ template <int FORMAT, int BM, int R> DEVICE void product_few(const Product& p) {
     const u32 n_octet = BM / 8, slice_bytes = R * Slice<FORMAT>::bytes;
     DYNAMIC_SHARED(u8, shared);
     u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
-    u32 which = blockIdx.z / p.n_split, split = blockIdx.z % p.n_split;
+    // Several matrices are never split.
+    u32 which = p.n_split > 1 ? 0 : blockIdx.z, split = p.n_split > 1 ? blockIdx.z : 0;
     const Matrix& matrix = which == 0 ? p.w[0] : which == 1 ? p.w[1] : p.w[2];
-    Rows rows = find_rows<BM>(p);
-    if (rows.begin >= rows.end) return;
+    __shared__ u32 entries[BM];
+    __shared__ u32 counts[FEW_WARPS];
+    // In the first tile of an expert's rows weights are asked for before it is known whether there are any: most often there are.
+    bool chosen = p.choices != 0, early = chosen && blockIdx.y < p.n_expert;
+    Rows rows;
+    if (early) {
+        rows.begin = rows.end = 0;
+        rows.expert = blockIdx.y;
+    } else {
+        rows = chosen ? find_chosen<BM>(p, entries, counts) : find_rows<BM>(p);
+        if (rows.begin >= rows.end) return;
+    }
 
     Weights w;
     w.data = matrix.data + rows.expert * matrix.matrix_bytes;
     w.matrix_bytes = matrix.matrix_bytes;
     w.n_row = matrix.n_row;
     w.n_col = matrix.n_col;
-    u32 n_slice = (matrix.n_col + 63) / 64;
-    u32 per_split = (n_slice + p.n_split - 1) / p.n_split;
-    u32 first_slice = min(split * per_split, n_slice);
-    n_slice = min(per_split, n_slice - first_slice);
-    u32 k_warps = p.k_warps, k_warp = warp % k_warps, n_warp = warp / k_warps, n_warps = FEW_WARPS / k_warps;
-    u32 columns = min(per_split * 64, (u32)FEW_COLUMNS);
+    u32 n_slice = (matrix.n_col + 63) / 64, first_slice = min(split * p.per_split, n_slice);
+    n_slice = min(p.per_split, n_slice - first_slice);
+    u32 k_warps = 1u << p.k_shift, k_warp = warp & (k_warps - 1), n_warp = warp >> p.k_shift, n_warps = FEW_WARPS >> p.k_shift;
+    u32 columns = min(p.per_split * 64, (u32)FEW_COLUMNS);
     u32 pitch = columns * 2 + (Slice<FORMAT>::apart ? 64 : 16); // eight lanes' chunks lie in different banks
-    u32 n_tile = (w.n_row + 16 * R * n_warps - 1) / (16 * R * n_warps);
+    u32 n_tile = p.n_tile, stages = p.n_stage;
     bool single = gridDim.x >= n_tile;
-    // A single tile of few slices needs no stage twice.
-    u32 stages = single ? min((per_split + k_warps - 1) / k_warps, max_stage) : max_stage;
     u8* ring = shared + BM * pitch + warp * stages * slice_bytes;
 
     // What is asked for next, and where the next is multiplied.
     u32 ahead = k_warp, ahead_tile = blockIdx.x, ahead_stage = 0, stage = 0;
-    auto request = [&]() {
-        if (ahead >= n_slice) {
-            ahead = k_warp;
-            ahead_tile = k_warp < n_slice ? ahead_tile + gridDim.x : n_tile;
-        }
-        if (ahead_tile < n_tile) {
-            u32 first = (ahead_tile * n_warps + n_warp) * 16 * R;
+    Source<FORMAT> source[R];
+    auto find_sources = [&]() {
 #pragma unroll
-            for (u32 r = 0; r < R; r++)
-                copy_slice<FORMAT>(w, ring + ahead_stage * slice_bytes + r * Slice<FORMAT>::bytes, first + r * 16, (first_slice + ahead) * 64);
+        for (u32 r = 0; r < R; r++) source[r] = find_source<FORMAT>(w, ((ahead_tile * n_warps + n_warp) * R + r) * 16);
+    };
+    find_sources();
+    auto request = [&]() {
+        if (ahead < n_slice) {
+            u8* to = ring + ahead_stage * slice_bytes;
+#pragma unroll
+            for (u32 r = 0; r < R; r++) copy_slice<FORMAT>(w, source[r], to + r * Slice<FORMAT>::bytes, (first_slice + ahead) * 64);
             ahead += k_warps;
             ahead_stage = ahead_stage + 1 == max_stage ? 0 : ahead_stage + 1;
+            if (!single && ahead >= n_slice && ahead_tile + gridDim.x < n_tile) {
+                ahead_tile += gridDim.x;
+                ahead = k_warp;
+                find_sources();
+            }
         }
         copy_async_commit();
     };
 #pragma unroll 1
     for (u32 i = 0; i + 1 < max_stage; i++) request();
 
+    if (early) {
+        rows = find_chosen<BM>(p, entries, counts);
+        if (rows.begin >= rows.end) {
+            copy_async_wait<0>();
+            return;
+        }
+    }
+
     u32 last_column = min(matrix.n_col, p.input_stride);
     auto copy_rows = [&](u32 slice) {
-        // Eight threads a row take a slice's chunks.
+        // Eight threads a row take a slice's chunks. Rows that are not there may be anything: nothing comes of them.
         u32 n = min(n_slice - slice, (u32)FEW_COLUMNS / 64), k = (first_slice + slice) * 64 + threadIdx.x % 8 * 8;
+        u32 n_in = k < last_column ? min((last_column - k + 63) / 64, n) : 0;
 #pragma unroll
         for (u32 i = 0; i < (BM + 31) / 32; i++) {
             u32 row = threadIdx.x / 8 + i * 32, r = rows.begin + row;
-            if (row >= BM) break;
-            bool has = r < rows.end;
-            const u8* from = p.input + (has ? ((u64)input_row(p, r) * p.input_stride + k) * 2 : 0);
+            if (row >= BM || r >= rows.end) break;
+            u32 from_row = !chosen ? input_row(p, r) : p.gathers && p.n_used > 1 ? __umulhi(entries[r], p.inverse) : entries[r];
+            const u8* from = p.input + ((u64)from_row * p.input_stride + k) * 2;
             u8* to = shared + row * pitch + threadIdx.x % 8 * 16;
+            u32 j = 0;
 #pragma unroll 4
-            for (u32 j = 0; j < n; j++) {
-                bool in = has && k + j * 64 < last_column;
-                copy_async(to + j * 128, in ? from + j * 128 : p.input, in ? 16 : 0);
-            }
+            for (; j < n_in; j++) copy_async(to + j * 128, from + j * 128);
+            for (; j < n; j++) copy_async(to + j * 128, p.input, 0);
         }
         copy_async_commit();
     };
@@ -271,26 +339,32 @@ template <int FORMAT, int BM, int R> DEVICE void product_few(const Product& p) {
                     v[2] += x.z;
                     v[3] += x.w;
                 }
-                store_four(p, matrix, find_output_row(p, matrix, which, split, rows.expert, r), tile * width + column, v);
+                u32 entry = chosen ? entries[r] : p.list ? p.list[r] : r;
+                OutputRow out = find_output_row(p, matrix, which, split, rows.expert, chosen ? entry : r, entry);
+                store_four(p, matrix, out, tile * width + column, v);
             }
             return;
         }
-        // Results of their own lie in whole sectors: eight columns of a row.
+        // Results of their own: eight columns of a row, a sector, by neighbouring lanes.
 #pragma unroll
         for (u32 r = 0; r < R; r++)
 #pragma unroll
-            for (u32 o = 0; o < n_octet; o++)
+            for (u32 h = 0; h < 2; h++) {
+                u32 n = first + r * 16 + g + h * 8, row = rows.begin + t * 2;
+                if (n >= w.n_row) continue;
+                float bias = matrix.bias ? matrix.bias[n] : 0.0f;
+                float* to = (float*)p.output + (u64)row * p.output_stride + n;
 #pragma unroll
-                for (u32 e = 0; e < 4; e++) {
-                    u32 n = first + r * 16 + g + e / 2 * 8, row = rows.begin + o * 8 + t * 2 + e % 2;
-                    if (n >= w.n_row || row >= rows.end) continue;
-                    float bias = matrix.bias ? matrix.bias[n] : 0.0f;
-                    ((float*)p.output)[(u64)row * p.output_stride + n] = sum[r][o][e] + bias;
+                for (u32 o = 0; o < n_octet; o++) {
+                    if (row + o * 8 < rows.end) to[0] = sum[r][o][2 * h] + bias;
+                    if (row + o * 8 + 1 < rows.end) to[p.output_stride] = sum[r][o][2 * h + 1] + bias;
+                    to += 8 * p.output_stride;
                 }
+            }
     }
 }
 
 #define PRODUCTS_OF_FEW(NAME, FORMAT)                                                                   \
     KERNEL void __launch_bounds__(256, 2) NAME##_few_16(Product p) { product_few<FORMAT, 16, 1>(p); } \
-    KERNEL void __launch_bounds__(256, 2) NAME##_few_32(Product p) { product_few<FORMAT, 32, 1>(p); } \
+    KERNEL void __launch_bounds__(256, (FORMAT == FORMAT_Q6_K ? 1 : 2)) NAME##_few_32(Product p) { product_few<FORMAT, 32, 1>(p); } \
     KERNEL void __launch_bounds__(256) NAME##_few_64(Product p) { product_few<FORMAT, 64, 2>(p); }

@@ -3,3 +3,4 @@
 
 PRODUCTS(product_q4_k, FORMAT_Q4_K)
 PRODUCTS_OF_FEW(product_q4_k, FORMAT_Q4_K)
+EXPAND(product_q4_k, FORMAT_Q4_K)

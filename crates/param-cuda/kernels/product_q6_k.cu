@@ -3,3 +3,4 @@
 
 PRODUCTS(product_q6_k, FORMAT_Q6_K)
 PRODUCTS_OF_FEW(product_q6_k, FORMAT_Q6_K)
+EXPAND(product_q6_k, FORMAT_Q6_K)

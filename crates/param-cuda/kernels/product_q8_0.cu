@@ -3,3 +3,4 @@
 
 PRODUCTS(product_q8_0, FORMAT_Q8_0)
 PRODUCTS_OF_FEW(product_q8_0, FORMAT_Q8_0)
+EXPAND(product_q8_0, FORMAT_Q8_0)

@@ -13,6 +13,9 @@ use crate::stream::Stream;
 
 const PTX: &str = include_str!("../ptx/choose.ptx");
 const THREADS: u32 = 384;
+const LIKELIEST_THREADS: u32 = 256;
+/// Blocks that share a row when the most likely is wanted, at most.
+const LIKELIEST_PARTS: usize = 32;
 const NO_TOKEN: u32 = u32::MAX;
 
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
@@ -23,6 +26,8 @@ struct Choose {
     sampling: u64,
     uniforms: u64,
     tokens: u64,
+    best: u64,
+    arrived: u64,
     n_vocab: u32,
     unused: u32,
 }
@@ -39,6 +44,8 @@ pub struct Chooser {
     // The host writes the one and reads the other beside kernels.
     uniforms: Pinned<f64>,
     tokens: Pinned<u32>,
+    best: Buffer<u64>,    // [n_row_max, LIKELIEST_PARTS]
+    arrived: Buffer<u32>, // [n_row_max]
     /// [n_row_max, n_vocab], once a row is drawn by rules.
     keys: Option<Buffer<u64>>,
 }
@@ -59,6 +66,8 @@ impl Chooser {
             rules: Rules::new(gpu, n_row_max)?,
             uniforms: gpu.pinned(WHAT, n_row_max)?,
             tokens: gpu.pinned(WHAT, n_row_max)?,
+            best: gpu.alloc(WHAT, n_row_max * LIKELIEST_PARTS)?,
+            arrived: gpu.alloc(WHAT, n_row_max)?,
             keys: None,
             gpu: Arc::clone(gpu),
         })
@@ -92,11 +101,18 @@ impl Chooser {
             sampling: self.rules.address(),
             uniforms: self.uniforms.address(),
             tokens: self.tokens.address(),
+            best: self.best.address(),
+            arrived: self.arrived.address(),
             n_vocab: self.n_vocab as u32,
             unused: 0,
         };
-        let kernel = if likeliest { &self.likeliest } else { &self.by_rules };
-        let grid = Grid { blocks: [n_row as u32, 1, 1], threads: THREADS, shared: 0 };
+        let (kernel, parts, threads) = if likeliest {
+            let parts = (2 * self.gpu.n_multiprocessor() / n_row.max(1)).clamp(1, LIKELIEST_PARTS);
+            (&self.likeliest, parts as u32, LIKELIEST_THREADS)
+        } else {
+            (&self.by_rules, 1, THREADS)
+        };
+        let grid = Grid { blocks: [n_row as u32, parts, 1], threads, shared: 0 };
         // SAFETY: the kernel's argument; the buffers in it have room for as many rows, and freeing them waits for the GPU.
         unsafe { kernel.launch(stream, grid, &[Arg::value(args)]) }
     }
@@ -104,5 +120,51 @@ impl Chooser {
     /// What was chosen for a row, once an event after it has passed; `None` where no token had a chance.
     pub fn chosen(&self, row: usize) -> Option<u32> {
         Some(self.tokens.get(row)).filter(|&token| token != NO_TOKEN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use param_cuda_emulation::Schedule;
+
+    /// By the plain rule: the largest, of equals the first, where NaN and -inf have no chance and infinity is the largest number.
+    fn likeliest(logits: &[f32]) -> Option<u32> {
+        let mut best: Option<(f32, u32)> = None;
+        for (i, logit) in logits.iter().enumerate() {
+            let logit = logit.min(f32::MAX);
+            if !logits[i].is_nan() && logit > best.map_or(f32::NEG_INFINITY, |best| best.0) {
+                best = Some((logit, i as u32));
+            }
+        }
+        best.map(|best| best.1)
+    }
+
+    #[test]
+    fn the_likeliest_of_each_row_is_chosen() {
+        param_cuda_emulation::preload();
+        let gpu = crate::open().unwrap();
+        let stream = Stream::new(&gpu).unwrap();
+        let n_vocab = 3001;
+        let mut rows: Vec<Vec<f32>> = (0..5u32)
+            .map(|row| (0..n_vocab as u32).map(|i| ((i * 7919 + row * 31) % 997) as f32 / 100.0 - 5.0).collect())
+            .collect();
+        (rows[1][17], rows[1][2999], rows[1][400]) = (f32::MAX, f32::INFINITY, f32::NAN);
+        rows[2].fill(f32::NAN);
+        rows[3].fill(-2.0);
+        rows[4].fill(f32::NEG_INFINITY);
+        let logits = gpu.upload("", &rows.concat()).unwrap();
+        for schedule in Schedule::ALL {
+            param_cuda_emulation::schedule(Some(schedule));
+            let mut chooser = Chooser::new(&gpu, 5, n_vocab).unwrap();
+            for _ in 0..2 {
+                chooser.choose(&stream, &logits, 5, true).unwrap();
+                stream.synchronize().unwrap();
+                for (i, row) in rows.iter().enumerate() {
+                    assert_eq!(chooser.chosen(i), likeliest(row), "row {i}, {schedule:?}");
+                }
+            }
+        }
+        param_cuda_emulation::schedule(None);
     }
 }

@@ -19,7 +19,7 @@ use attention::{Attention, AttentionArgs, QUERIES, Span};
 use norm::{MAX_ENTRY, MAX_EXPERT, MAX_USED, NormArgs};
 #[cfg(test)]
 use product::Plan;
-use product::{Element, MAX_SPLIT, Output, Product, Products};
+use product::{EXPAND_ROWS, Element, MAX_SPLIT, Output, Product, Products};
 
 /// A token at a place in a sequence.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,10 +115,17 @@ impl Forward {
         let n_hidden = n_row_max * n_choice * stride_ff as usize;
         let n_normalised = n_row_max.max(n_logits_max) * stride as usize;
         let h = |element: Element| gpu.alloc::<u8>(WHAT, if any(element) { n_normalised * element.bytes() } else { 0 });
+        // The largest of what is unpacked at a time, if there are ever so many rows.
+        let elements = |matrix: &Matrix, n: u32| n as usize * matrix.n_row as usize * matrix.n_col as usize;
+        let n_expanded = model.blocks().iter().flat_map(|b| {
+            let n = if b.router != 0 { m.n_expert } else { 1 };
+            [elements(&b.q, 3), elements(&b.up, n), elements(&b.down, n)]
+        });
+        let n_expanded = if n_row_max >= EXPAND_ROWS as usize { n_expanded.max().unwrap_or(0) } else { 0 };
         let split = n_row_max.min(SPLIT_ROWS) * MAX_SPLIT as usize;
         let module = |ptx| Module::load(gpu, ptx);
         Ok(Forward {
-            products: Products::new(gpu, formats())?,
+            products: Products::new(gpu, formats(), n_expanded)?,
             attention: Attention::new(gpu, m)?,
             embed: module(include_str!("../../ptx/embed.ptx"))?.kernel("embed")?,
             layer_norm: module(include_str!("../../ptx/norm.ptx"))?.kernel("layer_norm")?,
@@ -255,7 +262,7 @@ impl Forward {
     pub fn embed(&mut self, stream: &Stream) -> Result<()> {
         let m = self.model.model();
         self.n_part = 0;
-        let grid = Grid { blocks: [self.n_row, 1, 1], threads: 128, shared: 0 };
+        let grid = Grid { blocks: [self.n_row, 1, 1], threads: 256, shared: 0 };
         let (token, position) = (Arg::value(m.token_embd), m.position_embd);
         let args = args![token, position, self.at(0), self.at(1), self.at(2), self.x, m.n_embd, self.stride];
         // SAFETY: the kernel's arguments; tokens and positions were checked to exist, and buffers have room for all rows.
@@ -397,6 +404,11 @@ impl Forward {
         Ok(())
     }
 
+    /// Matrices in each stack of a feed-forward layer.
+    fn n_matrix(&self, block: &Block) -> u32 {
+        if block.router != 0 { self.model.model().n_expert } else { 1 }
+    }
+
     fn weights_of(&self, i: usize) -> Block {
         let block = self.model.blocks()[i];
         assert!(block.q.data != 0, "block {i} is not on the GPU");
@@ -406,7 +418,9 @@ impl Forward {
     fn attend(&mut self, stream: &Stream, i: usize) -> Result<()> {
         let block = self.weights_of(i);
         let m = *self.model.model();
-        self.normalise(stream, self.norm(block.norm1, &[&block.q, &block.k, &block.v]), self.n_row)?;
+        let mut norm = self.norm(block.norm1, &[&block.q, &block.k, &block.v]);
+        norm.ahead = norm::ahead(self.n_row, &[(block.out, 1), (block.up, self.n_matrix(&block))]);
+        self.normalise(stream, norm, self.n_row)?;
         self.n_part = 0;
 
         let qkv = [block.q, block.k, block.v];
@@ -456,32 +470,13 @@ impl Forward {
         assert!(block.up.data != 0, "the feed-forward layer of block {i} is not on the GPU");
         let m = *self.model.model();
         let is_moe = block.router != 0;
-        let mut norm = self.norm(block.norm2, &[&block.up]);
         let n_choice = if is_moe { m.n_used } else { 1 };
         let n_entry = self.n_row * n_choice;
-        (norm.router, norm.selection_bias) = (block.router, block.selection_bias);
-        if is_moe && n_entry <= MAX_ENTRY {
-            norm.arrived = self.arrived.address();
-        }
-        self.normalise(stream, norm, self.n_row)?;
-        self.n_part = 0;
-
-        let mut group = Product::default();
-        if is_moe {
-            if norm.arrived == 0 {
-                let grid = Grid { blocks: [m.n_expert, 1, 1], threads: 256, shared: 0 };
-                let args = args![self.choices, n_entry, m.n_expert, self.offsets, self.list];
-                // SAFETY: the kernel's arguments; choices were just made, at most n_entry of them are listed.
-                unsafe { self.group.launch(stream, grid, &args) }?;
-            }
-            (group.offsets, group.list) = (self.offsets.address(), self.list.address());
-        }
         let element = Format::of(&block.down).element();
-        let up = Product {
+        let mut up = Product {
             input: self.h[Format::of(&block.up).element() as usize].address(),
             output: self.hidden.address(),
-            offsets: group.offsets,
-            list: group.list,
+            choices: if is_moe { self.choices.address() } else { 0 },
             output_stride: self.stride_ff,
             n_row: n_entry,
             gathers: u32::from(is_moe),
@@ -490,20 +485,47 @@ impl Forward {
             element: element as u32,
             ..self.product(&[block.up])
         };
-        // SAFETY: normalised rows go in; `hidden` has room for every choice of every row.
-        unsafe { self.products.launch(stream, up, 1, 0) }?;
-        let down = Product {
+        let mut down = Product {
             input: self.hidden.address(),
             output: self.y.address(),
-            offsets: group.offsets,
-            list: group.list,
+            choices: up.choices,
             weights: if is_moe { self.weights.address() } else { 0 },
             input_stride: self.stride_ff,
             n_row: n_entry,
             ..self.product(&[block.down])
         };
+        let room = self.y.len();
+        let must_group = is_moe && !(self.products.finds_rows(&up, 0) && self.products.finds_rows(&down, room));
+
+        let mut norm = self.norm(block.norm2, &[&block.up]);
+        (norm.router, norm.selection_bias) = (block.router, block.selection_bias);
+        let mut soon = vec![(block.down, self.n_matrix(&block))];
+        if let Some(next) = self.model.blocks().get(i + 1) {
+            soon.extend([next.q, next.k, next.v, next.out].map(|matrix| (matrix, 1)));
+        }
+        norm.ahead = norm::ahead(self.n_row, &soon);
+        if must_group && n_entry <= MAX_ENTRY {
+            norm.arrived = self.arrived.address();
+        }
+        self.normalise(stream, norm, self.n_row)?;
+        self.n_part = 0;
+
+        if must_group {
+            if norm.arrived == 0 {
+                let grid = Grid { blocks: [m.n_expert, 1, 1], threads: 256, shared: 0 };
+                let args = args![self.choices, n_entry, m.n_expert, self.offsets, self.list];
+                // SAFETY: the kernel's arguments; choices were just made, at most n_entry of them are listed.
+                unsafe { self.group.launch(stream, grid, &args) }?;
+            }
+            for product in [&mut up, &mut down] {
+                product.choices = 0;
+                (product.offsets, product.list) = (self.offsets.address(), self.list.address());
+            }
+        }
+        // SAFETY: normalised rows go in; `hidden` has room for every choice of every row.
+        unsafe { self.products.launch(stream, up, 1, 0) }?;
         // SAFETY: as above; the launch keeps to y's length.
-        let n_split = unsafe { self.products.launch(stream, down, 1, self.y.len()) }?;
+        let n_split = unsafe { self.products.launch(stream, down, 1, room) }?;
         self.n_part = n_choice * n_split;
         Ok(())
     }

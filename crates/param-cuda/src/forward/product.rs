@@ -6,6 +6,7 @@ use crate::caches::CacheTable;
 use crate::error::Result;
 use crate::gpu::Gpu;
 use crate::kernel::{Arg, Grid, Kernel, Module};
+use crate::memory::Buffer;
 use crate::model::{Format, Matrix};
 use crate::stream::Stream;
 use std::collections::BTreeMap;
@@ -63,7 +64,13 @@ pub(super) struct Product {
     pub n_head: u32,
     pub head_dim: u32,
     pub cache_f32: u32,
-    pub k_warps: u32,
+    pub k_shift: u32,
+    /// In the place of `offsets` and `list`, where [`Products::finds_rows`].
+    pub choices: u64,
+    pub per_split: u32,
+    pub n_tile: u32,
+    pub n_stage: u32,
+    pub inverse: u32,
 }
 
 /// A shape of tiles, each a kernel of its own: `PRODUCTS` in product.cuh.
@@ -104,8 +111,12 @@ const FEW_WARPS: u32 = 8;
 const FEW_COLUMNS: u32 = 768;
 const FEW_SLICE: u32 = 64;
 /// Rows that the kernels for few are given at most: a matrix's, and on average those of an expert.
-const FEW_ROWS: u32 = 128;
-const FEW_ROWS_OF_EXPERT: u32 = 40;
+const FEW_ROWS: u32 = if cfg!(test) { 48 } else { 256 };
+const FEW_ROWS_OF_EXPERT: u32 = if cfg!(test) { 40 } else { 128 };
+/// Rows that a matrix meets from which on it is unpacked to f16 beforehand, instead of for each tile of rows.
+pub(super) const EXPAND_ROWS: u32 = if cfg!(test) { 60 } else { 512 };
+/// Choices among which every block of theirs looks for its own.
+const FEW_ENTRIES: u32 = 1024;
 
 /// How a product is computed: by which kernel, in how many parts, over how many blocks of columns, and in kernels for few rows by how
 /// many warps a sum.
@@ -124,6 +135,22 @@ impl FewShape {
         16 * self.n_column * FEW_WARPS / k_warps
     }
 
+    /// Slices in each part of a sum.
+    fn per_split(self, n_col: u32, plan: Plan) -> u32 {
+        n_col.div_ceil(FEW_SLICE).div_ceil(plan.n_split)
+    }
+
+    /// Slices for which a warp has room: no more than it needs, where it does not go on to another tile.
+    fn stages(self, format: Format, n_col: u32, plan: Plan, n_out: u32) -> u32 {
+        let most = match (self.n_column, format) {
+            (1, _) => 6,
+            (_, Format::Q6K) => 3,
+            _ => 4,
+        };
+        let is_single = plan.blocks >= n_out.div_ceil(self.width(plan.k_warps));
+        if is_single { self.per_split(n_col, plan).div_ceil(plan.k_warps).min(most) } else { most }
+    }
+
     fn shared(self, format: Format, n_col: u32, plan: Plan, n_out: u32) -> u32 {
         let (slice, pad) = match format {
             Format::F16 | Format::Bf16 => (2048, 16),
@@ -131,15 +158,9 @@ impl FewShape {
             Format::Q4K => (768, 64),
             Format::Q6K | Format::F32 => (2048, 64),
         };
-        let n_slice = n_col.div_ceil(FEW_SLICE).div_ceil(plan.n_split);
-        let stages = match (self.n_column, format) {
-            (1, _) => 6,
-            (_, Format::Q6K) => 3,
-            _ => 4,
-        };
-        let width = self.width(plan.k_warps);
+        let (n_slice, width) = (self.per_split(n_col, plan), self.width(plan.k_warps));
         let is_single = plan.blocks >= n_out.div_ceil(width);
-        let stages = if is_single { n_slice.div_ceil(plan.k_warps).min(stages) } else { stages };
+        let stages = self.stages(format, n_col, plan, n_out);
         let rows = self.n_row * ((n_slice * FEW_SLICE).min(FEW_COLUMNS) * 2 + pad);
         let all = rows + FEW_WARPS * stages * self.n_column * slice;
         if is_single { all.max(plan.k_warps * self.n_row * (width + 4) * 4) } else { all }
@@ -187,6 +208,16 @@ impl Format {
             Format::Q8_0 => 64 + 2 * 16,
             Format::Q4K => 32 + 16,
             Format::Q6K => 64 + 32 + 16 + 16,
+        }
+    }
+
+    /// The kernel that unpacks it to f16, where it is quantized.
+    fn expand(self) -> Option<&'static str> {
+        match self {
+            Format::F32 | Format::F16 | Format::Bf16 => None,
+            Format::Q8_0 => Some("product_q8_0_expand"),
+            Format::Q4K => Some("product_q4_k_expand"),
+            Format::Q6K => Some("product_q6_k_expand"),
         }
     }
 
@@ -252,18 +283,30 @@ impl Shape {
 pub(super) struct Products {
     /// Of each shape, where blocks of the GPU have shared memory enough.
     kernels: BTreeMap<u32, Vec<Option<Kernel>>>,
+    /// What unpacks a quantized format, and room for what comes of it.
+    expand: BTreeMap<u32, Kernel>,
+    expanded: Buffer<u8>,
     n_multiprocessor: u32,
 }
 
 impl Products {
-    pub(super) fn new(gpu: &Arc<Gpu>, formats: impl Iterator<Item = Format>) -> Result<Products> {
-        let mut products = Products { kernels: BTreeMap::new(), n_multiprocessor: gpu.n_multiprocessor() as u32 };
-        for format in formats {
+    /// With room for `n_expanded` weights that are unpacked.
+    pub(super) fn new(gpu: &Arc<Gpu>, formats: impl Iterator<Item = Format>, n_expanded: usize) -> Result<Products> {
+        let mut products = Products {
+            kernels: BTreeMap::new(),
+            expand: BTreeMap::new(),
+            expanded: gpu.alloc("unpacked weights", 2 * n_expanded)?,
+            n_multiprocessor: gpu.n_multiprocessor() as u32,
+        };
+        for format in formats.chain((n_expanded > 0).then_some(Format::F16)) {
             if products.kernels.contains_key(&(format as u32)) {
                 continue;
             }
             let (ptx, names) = format.kernels();
             let module = Module::load(gpu, ptx)?;
+            if let Some(name) = format.expand() {
+                products.expand.insert(format as u32, module.kernel(name)?);
+            }
             let mut kernels = Vec::new();
             for (i, name) in names.iter().enumerate() {
                 let kernel = module.kernel(name)?;
@@ -287,14 +330,57 @@ impl Products {
     /// As [`Kernel::launch`]: every address in `product` must be valid for what it is used for.
     pub(super) unsafe fn launch(&self, stream: &Stream, product: Product, n_matrix: u32, room: usize) -> Result<u32> {
         let plan = self.plan(&product, n_matrix, room);
+        let mut product = product;
+        if plan.which < SHAPES.len() && Self::mean_rows(&product) >= EXPAND_ROWS {
+            // SAFETY: the caller's promise.
+            unsafe { self.expand(stream, &mut product, n_matrix) }?;
+        }
         // SAFETY: the caller's promise.
         unsafe { self.launch_as(stream, product, n_matrix, plan) }?;
         Ok(plan.n_split)
     }
 
+    /// Queues unpacking of what `product` multiplies by, and lets it multiply by that, if it is quantized and there is room.
+    ///
+    /// # Safety
+    /// As [`Products::launch`].
+    pub(super) unsafe fn expand(&self, stream: &Stream, product: &mut Product, n_matrix: u32) -> Result<()> {
+        let w = product.w[0];
+        let n_stack = if Self::has_experts(product) { product.n_expert } else { 1 };
+        let bytes = 2 * u64::from(w.n_row) * u64::from(w.n_col);
+        let Some(kernel) = self.expand.get(&w.format) else { return Ok(()) };
+        if u64::from(n_matrix * n_stack) * bytes > self.expanded.len() as u64 {
+            return Ok(());
+        }
+        for (i, w) in (0..).zip(&mut product.w[..n_matrix as usize]) {
+            let to = self.expanded.address() + i * bytes;
+            let blocks = [w.n_row.div_ceil(128), w.n_col.div_ceil(TILE_K), n_stack];
+            let grid = Grid { blocks, threads: 256, shared: 0 };
+            // SAFETY: the kernel's arguments, with room as was just seen; the rest is the caller's promise.
+            unsafe { kernel.launch(stream, grid, &[Arg::value(*w), Arg::value(to)]) }?;
+            (w.data, w.matrix_bytes, w.format) = (to, bytes, Format::F16 as u32);
+        }
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub(super) fn expanded(&self) -> &Buffer<u8> {
+        &self.expanded
+    }
+
+    fn has_experts(product: &Product) -> bool {
+        product.offsets != 0 || product.choices != 0
+    }
+
+    /// Whether the kernel for `product`, which has `choices`, finds each expert's rows by itself. Its other rows, those that are not
+    /// of tokens, then lie in the order of entries.
+    pub(super) fn finds_rows(&self, product: &Product, room: usize) -> bool {
+        product.n_row <= FEW_ENTRIES && self.plan_few(product, 1, room).is_some()
+    }
+
     /// How many rows a matrix meets: where there are experts, on average.
     fn mean_rows(product: &Product) -> u32 {
-        if product.offsets != 0 { product.n_row.div_ceil(product.n_expert) } else { product.n_row }
+        if Self::has_experts(product) { product.n_row.div_ceil(product.n_expert) } else { product.n_row }
     }
 
     /// Into how many parts a sum may be split.
@@ -325,10 +411,12 @@ impl Products {
     fn plan_few(&self, product: &Product, n_matrix: u32, room: usize) -> Option<Plan> {
         let (n_out, n_col) = (product.w[0].n_row, product.w[0].n_col);
         let mean = Self::mean_rows(product);
-        let has_experts = product.offsets != 0;
+        let has_experts = Self::has_experts(product);
         let kernels = &self.kernels[&(Format::of(&product.w[0]) as u32)];
         let has = |which: usize| kernels.get(which).is_some_and(Option::is_some);
-        if mean > if has_experts { FEW_ROWS_OF_EXPERT } else { FEW_ROWS } {
+        if u64::from(n_out) * u64::from(n_col) >= 1 << 31
+            || mean > if has_experts { FEW_ROWS_OF_EXPERT } else { FEW_ROWS }
+        {
             return None;
         }
         let n_slice = n_col.div_ceil(FEW_SLICE);
@@ -338,13 +426,20 @@ impl Products {
         let is_plain = product.output_kind == Output::Partial as u32 && !has_experts && product.weights == 0;
         let which = SHAPES.len() + usize::from(mean > 16) + usize::from(mean > 32);
         let shape = FEW_SHAPES[which - SHAPES.len()];
-        if is_plain && room == 0 && n_col <= FEW_COLUMNS && n_out >= 4 * shape.width(1) * self.n_multiprocessor {
+        if is_plain
+            && room == 0
+            && mean <= 128
+            && n_col <= FEW_COLUMNS
+            && n_out >= 2 * shape.width(1) * self.n_multiprocessor
+        {
             let plan =
                 Plan { which, n_split: 1, k_warps: 1, blocks: self.n_multiprocessor / mean.div_ceil(shape.n_row) };
             return has(which).then_some(plan);
         }
 
-        let which = SHAPES.len() + usize::from(mean > 16);
+        // Up to 64 rows of a dense matrix make more blocks in tiles of 32.
+        let wide = if has_experts { mean > 40 } else { mean > 64 };
+        let which = SHAPES.len() + usize::from(mean > 16) + usize::from(wide);
         let shape = FEW_SHAPES[which - SHAPES.len()];
         let row_tiles = mean.div_ceil(shape.n_row) * if has_experts { product.n_expert } else { 1 };
         // The widest tiles, for which the rows are read least often, that keep every multiprocessor at work; or else the most blocks.
@@ -375,7 +470,7 @@ impl Products {
             _ => {
                 // Wide tiles where they alone occupy most of the GPU.
                 let wide = SHAPES[3];
-                let n_expert = if product.offsets != 0 { product.n_expert } else { 1 };
+                let n_expert = if Self::has_experts(product) { product.n_expert } else { 1 };
                 let n = mean / wide.n_row * product.w[0].n_row.div_ceil(wide.n_column) * n_matrix * n_expert;
                 if n * 4 >= self.n_multiprocessor * 3 { 3 } else { 2 }
             }
@@ -385,7 +480,7 @@ impl Products {
     fn splits(&self, product: &Product, which: usize, room: usize) -> u32 {
         let format = Format::of(&product.w[0]);
         let (shape, tile_k) = (format.shapes()[which], if format == Format::F32 { TILE_K_F32 } else { TILE_K });
-        let n_expert = if product.offsets != 0 { product.n_expert } else { 1 };
+        let n_expert = if Self::has_experts(product) { product.n_expert } else { 1 };
         let row_tiles = Self::mean_rows(product).div_ceil(shape.n_row) * n_expert;
         let blocks = row_tiles * product.w[0].n_row.div_ceil(shape.n_column);
         let k_tiles = product.w[0].n_col.div_ceil(tile_k);
@@ -406,17 +501,27 @@ impl Products {
             Some(shape) => (shape.n_row, shape.threads(), shape.shared(format)),
             None => {
                 let shape = FEW_SHAPES[plan.which - SHAPES.len()];
-                let shared = shape.shared(format, product.w[0].n_col, plan, product.w[0].n_row);
+                let (n_col, n_out) = (product.w[0].n_col, product.w[0].n_row);
+                let shared = shape.shared(format, n_col, plan, n_out);
+                product.k_shift = plan.k_warps.trailing_zeros();
+                product.per_split = shape.per_split(n_col, plan);
+                product.n_tile = n_out.div_ceil(shape.width(plan.k_warps));
+                product.n_stage = shape.stages(format, n_col, plan, n_out);
+                // Exact for entries up to 2^16: n_used is at most 32. 1 has none.
+                product.inverse = u32::try_from((1u64 << 32).div_ceil(u64::from(product.n_used.max(1)))).unwrap_or(0);
                 (shape.n_row, FEW_WARPS * 32, shared)
             }
         };
         // With experts, as many tiles as there can be: each may end with one that is not full.
-        let row_tiles = if product.offsets != 0 {
+        let row_tiles = if product.choices != 0 {
+            // No row chooses an expert twice.
+            (product.n_row / product.n_used).div_ceil(n_row) * product.n_expert
+        } else if product.offsets != 0 {
             product.n_row / n_row + product.n_expert.min(product.n_row)
         } else {
             product.n_row.div_ceil(n_row)
         };
-        (product.n_split, product.k_warps) = (plan.n_split, plan.k_warps);
+        product.n_split = plan.n_split;
         let grid = Grid { blocks: [plan.blocks, row_tiles, n_matrix * plan.n_split], threads, shared };
         let kernel = self.kernels[&(format as u32)][plan.which].as_ref();
         let Some(kernel) = kernel else { unreachable!("a plan names kernels that are there") };

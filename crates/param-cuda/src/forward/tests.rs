@@ -207,14 +207,18 @@ fn product_error(
     let weights = gpu.upload("", &factors).unwrap();
     let partial = n_split > 1 || random.below(2) == 0;
     let is_grouped = n_expert > 1;
+    // Kernels for few rows find an expert's rows by themselves, if told to.
+    let finds = is_grouped && which > 3 && random.below(2) == 0;
+    let chosen = gpu.upload("", &choices).unwrap();
     let output = gpu.alloc::<u8>("", n_split as usize * n_entry * output_stride * 4).unwrap();
     let activation = if random.below(2) == 0 { Activation::GeluErf } else { Activation::GeluTanh };
     let product = Product {
         w: [matrix; 3],
         input: input.address(),
         output: output.address(),
-        offsets: if is_grouped { offsets.address() } else { 0 },
-        list: if is_grouped { device_list.address() } else { 0 },
+        choices: if finds { chosen.address() } else { 0 },
+        offsets: if is_grouped && !finds { offsets.address() } else { 0 },
+        list: if is_grouped && !finds { device_list.address() } else { 0 },
         weights: if is_grouped && partial { weights.address() } else { 0 },
         input_stride: stride as u32,
         output_stride: output_stride as u32,
@@ -227,7 +231,7 @@ fn product_error(
         element: Element::F32 as u32,
         ..Product::default()
     };
-    let products = Products::new(&gpu, std::iter::once(format)).unwrap();
+    let products = Products::new(&gpu, std::iter::once(format), 0).unwrap();
     let mut plan = products.plan_of(&product, which, n_split);
     let k_warps = [1, 2, 4, 8][random.below(4)];
     if which > 3 && (k_warps > 1 || !partial || is_grouped || n_split > 1 || n_in > 768) {
@@ -244,7 +248,7 @@ fn product_error(
     for (i, listed) in list.iter().enumerate() {
         // Results of experts lie in the order of the list unless they are partial.
         let entry = if is_grouped { *listed as usize } else { i };
-        let row = if partial { entry } else { i };
+        let row = if partial || finds { entry } else { i };
         let expert = choices[entry] as usize;
         let x = &rounded[entry / n_used * stride..][..n_in];
         for n in 0..output_stride {
@@ -315,6 +319,26 @@ fn products_do_not_depend_on_the_schedule() {
         }
     }
     param_cuda_emulation::schedule(None);
+}
+
+#[test]
+fn unpacked_weights_are_those_of_ggml() {
+    let gpu = gpu();
+    let stream = Stream::new(&gpu).unwrap();
+    let random = &mut Random::new(5);
+    for (format, n_in) in [(Format::Q8_0, 96), (Format::Q8_0, 64), (Format::Q4K, 512), (Format::Q6K, 256)] {
+        let stored = Stored::random(random, format, [3, 131, n_in], 0.5);
+        let (matrix, _data, _bias) = place(&gpu, &stored);
+        let products = Products::new(&gpu, std::iter::once(format), stored.values.len()).unwrap();
+        let mut product = Product { w: [matrix; 3], choices: 1, n_expert: 3, ..Product::default() };
+        // SAFETY: nothing but the weights is used.
+        unsafe { products.expand(&stream, &mut product, 1) }.unwrap();
+        assert_eq!((product.w[0].format, product.w[0].matrix_bytes), (Format::F16 as u32, 2 * 131 * n_in as u64));
+        let unpacked = numbers(&products.expanded().to_vec().unwrap(), Element::F16);
+        for (got, want) in unpacked.iter().zip(&stored.values) {
+            assert!((got - f64::from(*want)).abs() < product_bound(format), "{format:?}: {got} for {want}");
+        }
+    }
 }
 
 #[test]
