@@ -82,7 +82,18 @@ template <int FORMAT> DEVICE void copy_slice(const Weights& w, const Source<FORM
 // A lane's part of a slice as `a` of four mma's, whose columns are the lane's sixteen in their order.
 template <int FORMAT> DEVICE void unpack_slice(const Weights& w, u32 (&f)[4][4], const u8* slice, u32 first, u32 k) {
     u32 lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
-    u32 last = w.n_row - 1, n_col = w.n_col;
+    u32 last = w.n_row - 1, n_col = w.n_col, own = 0;
+    if (FORMAT == FORMAT_Q4_K) {
+        // Of the 32 scales of the slice a lane computes one: of row lane / 2, low or high halves.
+        int4 head = *(const int4*)(slice + 512 + lane / 2 * 16);
+        u32 sub = (k >> 5 & 6) + lane % 2, shift = (sub & 3) * 8;
+        u32 a = (u32)head.y >> shift, b = (u32)head.z >> shift, c = (u32)head.w >> shift;
+        bool late = sub >= 4;
+        u32 scale = late ? (c & 15) | (a >> 2 & 48) : a & 63;
+        u32 least = late ? (c >> 4 & 15) | (b >> 2 & 48) : b & 63;
+        float d = from_f16((u16)(u32)head.x), dmin = from_f16((u16)((u32)head.x >> 16));
+        own = (u32)to_f16(d * (float)scale) | (u32)to_f16(-dmin * (float)least) << 16;
+    }
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
         u32 row = g + i * 8;
@@ -103,15 +114,6 @@ template <int FORMAT> DEVICE void unpack_slice(const Weights& w, u32 (&f)[4][4],
             }
         } else if (FORMAT == FORMAT_Q4_K) {
             int2 q = *(const int2*)(slice + row * 32 + t * 8);
-            // Of the 32 scales of the slice a lane computes one: of row lane / 2, low or high halves.
-            int4 head = *(const int4*)(slice + 512 + lane / 2 * 16);
-            u32 sub = (k >> 5 & 6) + lane % 2, shift = (sub & 3) * 8;
-            u32 a = (u32)head.y >> shift, b = (u32)head.z >> shift, c = (u32)head.w >> shift;
-            bool late = sub >= 4;
-            u32 scale = late ? (c & 15) | (a >> 2 & 48) : a & 63;
-            u32 least = late ? (c >> 4 & 15) | (b >> 2 & 48) : b & 63;
-            float d = from_f16((u16)(u32)head.x), dmin = from_f16((u16)((u32)head.x >> 16));
-            u32 own = (u32)to_f16(d * (float)scale) | (u32)to_f16(-dmin * (float)least) << 16;
 #pragma unroll
             for (u32 high = 0; high < 2; high++) {
                 u32 both = __shfl_sync(FULL, own, row * 2 + high);
