@@ -42,13 +42,20 @@ KERNEL void __launch_bounds__(LIKELIEST_THREADS) choose_likeliest(Choose c) {
     // Of equals the first a thread meets is the lowest; NaN is greater than nothing, and infinity is the largest number.
     float most = MINUS_INFINITY;
     u32 token = 0;
-#pragma unroll 8
-    for (u32 i = begin + thread; i < end; i += LIKELIEST_THREADS) {
-        float logit = fminf(logits[i], 3.402823466e38f);
-        // fminf gives the number where the other is NaN.
-        if (logits[i] == logits[i] && logit > most) {
-            most = logit;
-            token = i;
+#pragma unroll 1
+    for (u32 first = begin + thread; first < end; first += 8 * LIKELIEST_THREADS) {
+        // All on their way before the first is looked at.
+        float x[8];
+#pragma unroll
+        for (int k = 0; k < 8; k++) x[k] = first + k * LIKELIEST_THREADS < end ? logits[first + k * LIKELIEST_THREADS] : MINUS_INFINITY;
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            // fminf gives the number where the other is NaN.
+            float logit = fminf(x[k], 3.402823466e38f);
+            if (x[k] == x[k] && logit > most) {
+                most = logit;
+                token = first + k * LIKELIEST_THREADS;
+            }
         }
     }
     u64 own = block_largest(candidate(most, token), by_warp);

@@ -107,7 +107,7 @@ impl Chooser {
             unused: 0,
         };
         let (kernel, parts, threads) = if likeliest {
-            let parts = (2 * self.gpu.n_multiprocessor() / n_row.max(1)).clamp(1, LIKELIEST_PARTS);
+            let parts = (8 * self.gpu.n_multiprocessor() / n_row.max(1)).clamp(1, LIKELIEST_PARTS);
             (&self.likeliest, parts as u32, LIKELIEST_THREADS)
         } else {
             (&self.by_rules, 1, THREADS)
