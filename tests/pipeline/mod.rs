@@ -235,6 +235,6 @@ fn measurements_come_as_json_csv_and_table() {
         "model,bytes,params,isa,threads,gpu,test,n_prompt,n_gen,depth,sequences,tok/s,min,max,samples"
     );
     assert_eq!(lines.len(), 5);
-    assert!(lines.iter().all(|line| line.split(',').count() == 14), "{csv}");
+    assert!(lines.iter().all(|line| line.split(',').count() == 15), "{csv}");
     assert_eq!(bench("table").lines().filter(|line| line.starts_with("| model.gguf")).count(), 4);
 }

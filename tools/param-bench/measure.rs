@@ -70,7 +70,7 @@ pub fn measure(
             samples.bus.push(machine.measure(Probe::Read));
         }
         let start = Instant::now();
-        if test.decode && model.gpu_description().is_some() {
+        if test.decode && model.gpu_name().is_some() {
             generate(&mut batch, &tokens, test.n_token)?;
         } else {
             let step = if test.decode { 1 } else { test.n_token };

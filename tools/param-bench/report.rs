@@ -27,7 +27,7 @@ impl Row {
             ("params", json!(n_params)),
             ("isa", json!(Kernels::get().isa())),
             ("threads", json!(n_thread)),
-            ("gpu", json!(model.gpu_description().unwrap_or_default())),
+            ("gpu", json!(model.gpu_name().unwrap_or_default())),
             ("test", json!(test.name())),
             ("n_prompt", json!(if test.decode { 0 } else { test.n_token })),
             ("n_gen", json!(if test.decode { test.n_token } else { 0 })),

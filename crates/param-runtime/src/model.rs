@@ -123,6 +123,11 @@ impl Model {
         Ok(())
     }
 
+    /// What the driver calls the GPU that holds it or a part of it; `None` on the CPU.
+    pub fn gpu_name(&self) -> Option<&str> {
+        self.gpu.as_ref().map(|gpu| gpu.gpu().name())
+    }
+
     /// Where it runs, in words: the GPU's name and what of the model it holds; `None` on the CPU.
     pub fn gpu_description(&self) -> Option<String> {
         self.gpu.as_ref().map(|gpu| gpu.describe(self))

@@ -5,6 +5,7 @@ mod attention;
 mod norm;
 mod product;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::args;
@@ -207,8 +208,8 @@ impl Forward {
         Ok(())
     }
 
-    /// The residual stream, [n_row_max, stride]: complete between [`Forward::embed`], [`Forward::attention_part`],
-    /// [`Forward::ffn_part`] and [`Forward::block`], each of which begins with what it holds.
+    /// The residual stream, [n_row_max, stride]: complete after [`Forward::embed`], [`Forward::attention_part`] and
+    /// [`Forward::ffn_part`]; each of them, and what follows, begins with what it holds.
     pub fn x(&mut self) -> &mut Buffer<f32> {
         &mut self.x
     }
@@ -239,10 +240,7 @@ impl Forward {
     /// [`crate::Error::Kernel`].
     pub fn run(&mut self, stream: &Stream) -> Result<()> {
         self.embed(stream)?;
-        for i in 0..self.model.blocks().len() {
-            self.attend(stream, i)?;
-            self.feed_forward(stream, i)?;
-        }
+        self.blocks(stream, 0..self.model.blocks().len())?;
         self.head(stream)
     }
 
@@ -269,17 +267,20 @@ impl Forward {
         unsafe { self.embed.launch(stream, grid, &args) }
     }
 
-    /// A block.
+    /// Some blocks one after the other. What the last one adds to the residual stream is added by whatever comes next:
+    /// [`Forward::blocks`], [`Forward::attention_part`] or [`Forward::head`].
     ///
     /// # Errors
     /// [`crate::Error::Kernel`].
     ///
     /// # Panics
-    /// If the block has no weights on the GPU.
-    pub fn block(&mut self, stream: &Stream, i: usize) -> Result<()> {
-        self.attend(stream, i)?;
-        self.feed_forward(stream, i)?;
-        self.settle(stream)
+    /// If one of the blocks has no weights on the GPU.
+    pub fn blocks(&mut self, stream: &Stream, blocks: Range<usize>) -> Result<()> {
+        for i in blocks {
+            self.attend(stream, i)?;
+            self.feed_forward(stream, i)?;
+        }
+        Ok(())
     }
 
     /// The first half of a block.

@@ -614,7 +614,7 @@ fn model_error(tiny: &Tiny, passes: &[&[(usize, usize)]], mode: Mode, margin: f6
                 forward.embed(&stream).unwrap();
                 for i in 0..tiny.blocks.len() {
                     if i == 1 {
-                        forward.block(&stream, i).unwrap();
+                        forward.blocks(&stream, i..i + 1).unwrap();
                         continue;
                     }
                     forward.attention_part(&stream, i).unwrap();

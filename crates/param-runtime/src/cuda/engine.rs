@@ -101,7 +101,7 @@ impl GpuEngine {
         let config = model.config();
         for i in first_block..config.n_layer {
             if self.placement.has_ffn(config, i) {
-                self.forward.block(&self.stream, i)?;
+                self.forward.blocks(&self.stream, i..i + 1)?;
                 continue;
             }
             self.forward.attention_part(&self.stream, i)?;
