@@ -2,14 +2,15 @@
 # How fast models learn here, and beside PyTorch: trains both on the same text and prints what they reached and when.
 #
 #   benches/learning.sh characters TEXT VENV/bin/python    nanoGPT's small run of characters with experts: seconds to a validation loss of 1.88
+#   benches/learning.sh minutes TEXT                       the loss by character after about ten minutes on two cores with AVX-512
 #   benches/learning.sh tokens TEXT PRESET                 tokens that the default recipe needs for the loss that AdamW alone ends with
 #   benches/learning.sh reference JSONL VENV/bin/python    200 steps of --recipe reference beside PyTorch, the same batches and weights, noise off
 #
-# SEEDS="1 2 3" says which seeds, THREADS how many threads; for tokens, STEPS how long AdamW trains and ADAMW_LR at what rate. Runs go to runs/learning. Needs jq.
+# SEEDS="1 2 3" says which seeds, THREADS how many threads; STEPS how long minutes trains, and AdamW in tokens, there at rate ADAMW_LR. Runs go to runs/learning. Needs jq.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-usage() { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 task=$1 text=$(realpath "$2")
 read -ra seeds <<<"${SEEDS:-1 2 3}"
@@ -50,6 +51,16 @@ characters)
                 --seed "$seed" -t "$threads" --dispatch gather --until 1.88 --steps 3000 --schedule-steps 2000 $compile | tail -1)
             echo "PyTorch ${compile:-       } seed $seed  $(jq -r '"step \(.step)  loss \(.eval_loss * 1e4 | round / 1e4)  \(.n_token) tokens  \(.seconds) s"' <<<"$row")"
         done
+    done
+    ;;
+minutes)
+    for seed in "${seeds[@]}"; do
+        start=$SECONDS
+        # As many batches as the last tenth has.
+        out=$(train "minutes-$seed" --data "$text" --chars --holdout 0.1 --config "$root/benches/peers/torch/char.toml" --seed "$seed" \
+            --context 256 --batch-size 12 --dropout 0.1 --steps "${STEPS:-5000}" --eval-every 500 --eval-batches 36)
+        best=$(jq -rs 'map(select(.eval_loss)) | min_by(.eval_loss) | "loss \(.eval_loss * 1e4 | round / 1e4) at step \(.step)"' "$out/metrics.jsonl")
+        echo "seed $seed  $best  $((SECONDS - start)) s with evaluation"
     done
     ;;
 tokens)

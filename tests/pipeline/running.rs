@@ -41,6 +41,25 @@ fn prompts_come_from_the_command_line_a_file_or_as_tokens_alike() {
     assert_eq!(output_of(run(&trained, &greedy).args(["--tokens", &ids])), from_flag);
 }
 
+/// Words that any page of Shakespeare is full of.
+const FREQUENT: &str = "the and i to of my a you that in is not with be for it his your this have shall will thou me as he but so what our her him \
+    thy are we no do by on";
+
+#[test]
+fn the_model_that_comes_with_the_project_writes_english() {
+    let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/shakespeare.gguf");
+    let text = output_of(param_run().args(["-m", model, "-p", "ROMEO:", "-n", "110", "--temp", "0.8", "--seed", "1"]));
+    let words = text.split(|c: char| !c.is_alphabetic()).filter(|word| !word.is_empty()).collect::<Vec<_>>();
+    let is_frequent = |word: &&&str| FREQUENT.split_whitespace().any(|frequent| word.eq_ignore_ascii_case(frequent));
+    // Characters drawn by their frequency alone make none but `a` and `I`.
+    let n_frequent = words.iter().filter(is_frequent).count();
+    assert!(
+        words.len() > 15 && 4 * n_frequent >= words.len(),
+        "{n_frequent} of {} words are frequent: {text}",
+        words.len()
+    );
+}
+
 #[test]
 fn stop_strings_end_the_text_and_are_not_printed() {
     let trained = Trained::new(60, &[], None);
