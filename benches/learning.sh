@@ -58,7 +58,7 @@ minutes)
         start=$SECONDS
         # As many batches as the last tenth has.
         out=$(train "minutes-$seed" --data "$text" --chars --holdout 0.1 --config "$root/benches/peers/torch/char.toml" --seed "$seed" \
-            --context 256 --batch-size 12 --dropout 0.1 --steps "${STEPS:-5000}" --eval-every 500 --eval-batches 36)
+            --context 256 --batch-size 12 --dropout 0.1 --dtype bf16 --steps "${STEPS:-5600}" --eval-every 500 --eval-batches 36)
         best=$(jq -rs 'map(select(.eval_loss)) | min_by(.eval_loss) | "loss \(.eval_loss * 1e4 | round / 1e4) at step \(.step)"' "$out/metrics.jsonl")
         echo "seed $seed  $best  $((SECONDS - start)) s with evaluation"
     done
