@@ -6,11 +6,12 @@
 #   benches/learning.sh tokens TEXT PRESET                 tokens that the default recipe needs for the loss that AdamW alone ends with
 #   benches/learning.sh reference JSONL VENV/bin/python    200 steps of --recipe reference beside PyTorch, the same batches and weights, noise off
 #
-# SEEDS="1 2 3" says which seeds, THREADS how many threads; STEPS how long minutes trains, and AdamW in tokens, there at rate ADAMW_LR. Runs go to runs/learning. Needs jq.
+# SEEDS="1 2 3" says which seeds, THREADS how many threads; COMPILE=1 has PyTorch compile as well in characters; STEPS how long minutes
+# trains, and AdamW in tokens, there at rate ADAMW_LR. Runs go to runs/learning. Needs jq.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-usage() { sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 task=$1 text=$(realpath "$2")
 read -ra seeds <<<"${SEEDS:-1 2 3}"
@@ -44,11 +45,11 @@ characters)
     python=${3:?characters needs VENV/bin/python}
     for seed in "${seeds[@]}"; do
         out=$(train "characters-$seed" --data "$text" --chars --holdout 0.1 --config "$root/benches/peers/torch/char.toml" --seed "$seed" \
-            --batch-size 24 --steps 400 --eval-every 20)
+            --dtype bf16 --batch-size 24 --steps 400 --eval-every 20)
         echo "PARAM          seed $seed  $(reached "$out" 1.88)"
-        for compile in "" --compile; do
+        for compile in "" ${COMPILE:+--compile}; do
             row=$("$python" "$root/benches/peers/torch/learn.py" --recipe nanogpt --preset "$root/benches/peers/torch/char.toml" --data "$text" \
-                --seed "$seed" -t "$threads" --dispatch gather --until 1.88 --steps 3000 --schedule-steps 2000 $compile | tail -1)
+                --seed "$seed" -t "$threads" --dispatch gather --until 1.88 --eval-every 50 --steps 3000 --schedule-steps 2000 $compile | tail -1)
             echo "PyTorch ${compile:-       } seed $seed  $(jq -r '"step \(.step)  loss \(.eval_loss * 1e4 | round / 1e4)  \(.n_token) tokens  \(.seconds) s"' <<<"$row")"
         done
     done
