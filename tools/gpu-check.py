@@ -56,6 +56,11 @@ def arguments():
     return args
 
 
+def told(command):
+    """A command as it is recorded: paths from the folder that all of this lies in, whatever machine that was on."""
+    return shlex.join(str(word) for word in command).replace(f"{HERE}/", "").replace(sys.executable, "python3")
+
+
 class Run:
     def __init__(self, args):
         self.args = args
@@ -66,7 +71,7 @@ class Run:
         about = HERE / "about.json"
         self.report = {
             "date": now.isoformat(timespec="seconds"),
-            "command": shlex.join(sys.argv),
+            "command": told(sys.argv),
             "built": json.loads(about.read_text()) if about.exists() else None,
             "card": self.card(),
             "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
@@ -119,7 +124,7 @@ class Run:
     def command(self, name, command, limit, env=None, keep=4000, save=True):
         """Runs a command within its limit and what is left of the budget. Returns its step, with `stdout` besides what is saved."""
         command = [str(c) for c in command]
-        step = {"name": name, "command": shlex.join(command), "rc": None}
+        step = {"name": name, "command": told(command), "rc": None}
         limit = min(limit, self.left())
         stdout = ""
         start = time.monotonic()
@@ -402,7 +407,7 @@ def peers(run):
             for result in results[n_known:]:
                 n_known += 1
                 left.remove(result["step"])
-                step = {"name": f"peer {result['step']}", "command": shlex.join(command), "rc": 1 if "error" in result else 0,
+                step = {"name": f"peer {result['step']}", "command": told(command), "rc": 1 if "error" in result else 0,
                         "note": f"{len(result['rows'])} rows", "clocks": {"before": before, "after": run.card()}, **result}
                 before, start = step["clocks"]["after"], time.monotonic()
                 run.add(step)
@@ -417,7 +422,7 @@ def peers(run):
             if failure:
                 # A process that ends after recording a step leaves the next ones to another; one that ends within a step has failed it.
                 if not (is_over and n_known and process.returncode == 3):
-                    run.add({"name": f"peer {left[0]}", "command": shlex.join(command), **failure, "stderr": errors.read_text()[-3000:],
+                    run.add({"name": f"peer {left[0]}", "command": told(command), **failure, "stderr": errors.read_text()[-3000:],
                              "seconds": round(time.monotonic() - start, 1)})
                     left.pop(0)
                 break
