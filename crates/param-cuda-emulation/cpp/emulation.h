@@ -227,7 +227,6 @@ template <class T> DEVICE T load_aligned(const void* p, const char* what) {
     if ((uintptr_t)p % sizeof(T)) emulation::fault(emulation::ERROR_MISALIGNED, "%s of an address that is no multiple of %d", what, (int)sizeof(T));
     return *(const T*)p;
 }
-DEVICE int4 load_streaming(const void* p) { return load_aligned<int4>(p, "load_streaming"); }
 DEVICE float load_fresh(const float* p) { return load_aligned<float>(p, "load_fresh"); }
 DEVICE u32 load_fresh(const u32* p) {
     u32 v = load_aligned<u32>(p, "load_fresh");

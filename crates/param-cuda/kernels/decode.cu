@@ -222,9 +222,7 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
         }
         if (phase == PHASE_HEAD) break;
 
-        __syncthreads();
-        if (threadIdx.x == 0) add_release(d.barrier, 1);
-        round += n_block;
+        grid_arrive(d.barrier);
         bool is_last = layer + 1 == n_layer;
         switch (phase) {
         case PHASE_QKV:
@@ -256,9 +254,7 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
         }
         copy_async_commit();
         copy_async_wait<0>();
-        if (threadIdx.x == 0)
-            while ((int)(load_acquire(d.barrier) - round) < 0) pause();
-        __syncthreads();
+        grid_wait(d.barrier, round);
     }
 
     if (d.pick != PICK_LOGITS) {
@@ -266,13 +262,9 @@ KERNEL void __launch_bounds__(DECODE_THREADS, 1) decode_token(const Decode argum
         u32 begin = small.shares[SHARE_VOCAB][0], end = small.shares[SHARE_VOCAB][1];
         if (d.pick == PICK_GREEDY) pick_own_largest(d, begin, end, rank, small);
         else pick_own(d, begin, end, rank, small);
-        __syncthreads();
-        if (threadIdx.x == 0) add_release(d.barrier, 1);
-        round += n_block;
+        grid_arrive(d.barrier);
         if (rank == 0) {
-            if (threadIdx.x == 0)
-                while ((int)(load_acquire(d.barrier) - round) < 0) pause();
-            __syncthreads();
+            grid_wait(d.barrier, round);
             if (d.pick == PICK_SAMPLE) pick_by_rules(d, n_block, small);
             else if (threadIdx.x < WARP) pick_largest(d, n_block);
         }

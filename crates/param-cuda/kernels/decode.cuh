@@ -6,7 +6,6 @@
 #define DECODE_THREADS 384
 #define DECODE_WARPS (DECODE_THREADS / WARP)
 #define MAX_EXPERT 32
-#define MAX_USED 32
 #define MAX_SPLIT 16
 // Positions of the past that are worth a block of their own.
 #define SPLIT_POSITIONS 64
@@ -74,11 +73,10 @@ struct Decode {
     u32 top_k;
 };
 
-// Which experts run, and how much each counts; a dense block is one expert of weight 1.
+// Which experts a token takes, and how much each counts.
 struct Routing {
-    u32 n_active;
-    u32 expert[MAX_USED];
-    float weight[MAX_USED];
+    u32 expert[MAX_EXPERT];
+    float weight[MAX_EXPERT];
 };
 
 // Phases between which every block waits for all.

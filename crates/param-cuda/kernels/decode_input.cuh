@@ -2,40 +2,7 @@
 // for all: embedding, LayerNorm, router, the parts of attention brought together, activations as integers.
 #pragma once
 #include "decode.cuh"
-
-template <int F> DEVICE float weight_at(const u8* data, u64 elements, u64 at) {
-    if (F == FORMAT_F32) return ((const float*)data)[at];
-    if (F == FORMAT_F16) return from_f16(((const u16*)data)[at]);
-    if (F == FORMAT_BF16) return from_bf16(((const u16*)data)[at]);
-    if (F == FORMAT_Q8_0) return (float)(i8)data[at] * from_f16(((const u16*)(data + elements))[at / 32]);
-    if (F == FORMAT_Q4_K) {
-        const u8* head = data + elements / 2 + at / 256 * 16;
-        const u8* s = head + 4;
-        u32 piece = at % 256 / 32, byte = data[at / 64 * 32 + at % 32];
-        u32 scale = piece < 4 ? s[piece] & 63 : (s[piece + 4] & 15) | (s[piece - 4] >> 6) << 4;
-        u32 least = piece < 4 ? s[piece + 4] & 63 : s[piece + 4] >> 4 | (s[piece] >> 6) << 4;
-        float q = (float)(piece % 2 ? byte >> 4 : byte & 15);
-        return from_f16(*(const u16*)head) * (float)scale * q - from_f16(*(const u16*)(head + 2)) * (float)least;
-    }
-    u32 c = at % 256, quarter = c / 32 % 4;
-    u32 low = data[at / 128 * 64 + quarter % 2 * 32 + c % 32], high = data[elements / 2 + at / 128 * 32 + c % 32];
-    int q = (int)((quarter >= 2 ? low >> 4 : low & 15) | (high >> 2 * quarter & 3) << 4) - 32;
-    const u8* scales = data + elements / 4 * 3;
-    return from_f16(((const u16*)(scales + elements / 16))[at / 256]) * (float)(i8)scales[at / 16] * (float)q;
-}
-
-// One weight of a matrix.
-CALLED float weight_of(const Matrix& m, u32 row, u32 column) {
-    u64 at = (u64)row * m.n_col + column, all = (u64)m.n_row * m.n_col;
-    switch (m.format) {
-    case FORMAT_F32: return weight_at<FORMAT_F32>(m.data, all, at);
-    case FORMAT_F16: return weight_at<FORMAT_F16>(m.data, all, at);
-    case FORMAT_BF16: return weight_at<FORMAT_BF16>(m.data, all, at);
-    case FORMAT_Q8_0: return weight_at<FORMAT_Q8_0>(m.data, all, at);
-    case FORMAT_Q4_K: return weight_at<FORMAT_Q4_K>(m.data, all, at);
-    default: return weight_at<FORMAT_Q6_K>(m.data, all, at);
-    }
-}
+#include "weight.cuh"
 
 // Rounds s.x [n], n a multiple of 32, to 15 bits with a scale for every 32. A thread looks at what it wrote itself: quad after quad of
 // columns, from its own on.
@@ -151,7 +118,6 @@ DEVICE void route(const Shared& s, const float* bias) {
             routing.expert[rank] = lane;
             routing.weight[rank] = weight / total;
         }
-        if (lane == 0) routing.n_active = m.n_used;
     }
     __syncthreads();
 }

@@ -210,7 +210,7 @@ template <int F> DEVICE void multiply_format(const Job& j, const Layout& l, cons
     const u32 n = n_piece * (j.side_by_side ? j.n_matrix : 1), per_warp = lanes == WARP ? 1 : WARP / lanes, step = groups * per_warp;
     u32 pass = 0, group = warp;
     while (group >= groups) group -= groups, pass++;
-    // Where there are more passes than warps, groups is 1 and a warp takes every sixteenth.
+    // Where there are more passes than warps, groups is 1 and a warp takes one pass after another.
 #pragma unroll 1
     for (; pass < n_pass; pass += DECODE_WARPS) {
         u32 own = lanes == WARP ? 0 : lane / lanes, piece = pass * lanes + (lane & (lanes - 1)), side = 0;
@@ -280,10 +280,10 @@ DEVICE void multiply_rows(const Job& j, const Layout& l, const Shared& s, u32 be
     }
 }
 
-// Asks the second-level cache for bytes [begin, end): a thread a line of 128.
-DEVICE void ask(const u8* p, u32 begin, u32 end) {
+// Asks the second-level cache for bytes: a thread a line of 128.
+DEVICE void ask(const u8* p, u32 bytes) {
 #pragma unroll 1
-    for (u32 at = begin / 128 * 128 + threadIdx.x * 128; at < end; at += DECODE_THREADS * 128) prefetch_l2(p + at);
+    for (u32 at = threadIdx.x * 128; at < bytes; at += DECODE_THREADS * 128) prefetch_l2(p + at);
 }
 // And for the rows of a job.
 DEVICE void ask_for(const Job& j) {
@@ -296,12 +296,12 @@ DEVICE void ask_for(const Job& j) {
         u64 begin = (u64)first * j.n_col;
         u32 n = (last - first) * j.n_col;
         const u8* p = j.base(m);
-        if (f == FORMAT_F32) ask(p + begin * 4, 0, n * 4);
-        else if (f == FORMAT_F16 || f == FORMAT_BF16) ask(p + begin * 2, 0, n * 2);
-        else if (f == FORMAT_Q8_0) ask(p + begin, 0, n), ask(p + all + begin / 16, 0, n / 16);
-        else ask(p + begin / 2, 0, n / 2);
-        if (f == FORMAT_Q4_K) ask(p + all / 2 + begin / 16, 0, n / 16);
-        if (f == FORMAT_Q6_K) ask(p + all / 2 + begin / 4, 0, n / 4), ask(p + all / 4 * 3 + begin / 16, 0, n / 16);
+        if (f == FORMAT_F32) ask(p + begin * 4, n * 4);
+        else if (f == FORMAT_F16 || f == FORMAT_BF16) ask(p + begin * 2, n * 2);
+        else if (f == FORMAT_Q8_0) ask(p + begin, n), ask(p + all + begin / 16, n / 16);
+        else ask(p + begin / 2, n / 2);
+        if (f == FORMAT_Q4_K) ask(p + all / 2 + begin / 16, n / 16);
+        if (f == FORMAT_Q6_K) ask(p + all / 2 + begin / 4, n / 4), ask(p + all / 4 * 3 + begin / 16, n / 16);
     }
 }
 

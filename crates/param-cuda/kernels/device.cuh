@@ -76,12 +76,6 @@ DEVICE int dp4a(int a, int b, int c) {
     return d;
 }
 
-// Reads once: past the first-level cache, and first to be evicted from the second.
-DEVICE int4 load_streaming(const void* p) {
-    int4 v;
-    asm volatile("ld.global.L1::no_allocate.v4.s32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-    return v;
-}
 // Reads what other blocks may have written since the kernel began: from the second-level cache.
 DEVICE float load_fresh(const float* p) {
     float v;
@@ -164,17 +158,22 @@ DEVICE float warp_max(float x) {
     return x;
 }
 
-// Every block of the grid arrives before any goes on; all of them must be resident. `counter` starts at 0 and only grows, so that
-// `round`, how many barriers came before, says what to wait for.
-DEVICE void grid_barrier(u32* counter, u32& round) {
+// A barrier over the grid, in two halves, between which a block does what needs nothing of the others. All blocks must be resident.
+// `counter` starts at 0 and only grows, so that `round`, how many barriers came before, says what to wait for.
+DEVICE void grid_arrive(u32* counter) {
     __syncthreads();
+    if (threadIdx.x == 0) add_release(counter, 1);
+}
+DEVICE void grid_wait(const u32* counter, u32& round) {
     round += 1;
-    if (threadIdx.x == 0) {
-        add_release(counter, 1);
-        // The difference stays right when the counter overflows.
+    // The difference stays right when the counter overflows.
+    if (threadIdx.x == 0)
         while ((int)(load_acquire(counter) - round * gridDim.x) < 0) pause();
-    }
     __syncthreads();
+}
+DEVICE void grid_barrier(u32* counter, u32& round) {
+    grid_arrive(counter);
+    grid_wait(counter, round);
 }
 
 DEVICE float gelu_erf(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }

@@ -1,15 +1,17 @@
 //! Chooses the next token of each of many rows of logits, so that only the tokens come back.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::error::{Result, within};
+use crate::forward::Forward;
 use crate::gpu::Gpu;
 use crate::kernel::{Arg, Grid, Kernel, Module};
 use crate::memory::{Buffer, Pinned};
 use crate::sampling::{Rules, Sampling};
-use crate::stream::Stream;
+use crate::stream::{Graph, Stream};
 
 const PTX: &str = include_str!("../ptx/choose.ptx");
 const THREADS: u32 = 384;
@@ -48,6 +50,8 @@ pub struct Chooser {
     arrived: Buffer<u32>, // [n_row_max]
     /// [n_row_max, n_vocab], once a row is drawn by rules.
     keys: Option<Buffer<u64>>,
+    /// By pass, rows, and whether each takes its most likely token.
+    recorded: HashMap<(u64, usize, bool), Graph>,
 }
 
 impl Chooser {
@@ -69,6 +73,7 @@ impl Chooser {
             best: gpu.alloc(WHAT, n_row_max * LIKELIEST_PARTS)?,
             arrived: gpu.alloc(WHAT, n_row_max)?,
             keys: None,
+            recorded: HashMap::new(),
             gpu: Arc::clone(gpu),
         })
     }
@@ -115,6 +120,27 @@ impl Chooser {
         let grid = Grid { blocks: [n_row as u32, parts, 1], threads, shared: 0 };
         // SAFETY: the kernel's argument; the buffers in it have room for as many rows, and freeing them waits for the GPU.
         unsafe { kernel.launch(stream, grid, &[Arg::value(args)]) }
+    }
+
+    /// Queues a pass over the rows that `forward` was told and the choice for the first `n_row` of its logits, as [`Chooser::choose`]: all of
+    /// it recorded the first time. Each row is to be of another sequence, as [`Forward::set_rows`] says of recorded passes.
+    ///
+    /// # Errors
+    /// [`crate::Error::Limit`], [`crate::Error::Kernel`], [`crate::Error::Call`].
+    ///
+    /// # Panics
+    /// As [`Chooser::choose`].
+    pub fn run(&mut self, stream: &Stream, forward: &mut Forward, n_row: usize, likeliest: bool) -> Result<()> {
+        let key = (forward.id(), n_row, likeliest);
+        if !self.recorded.contains_key(&key) {
+            let graph = stream.capture(|stream| {
+                forward.run(stream)?;
+                self.choose(stream, forward.logits(), n_row, likeliest)
+            })?;
+            self.recorded.insert(key, graph);
+        }
+        // SAFETY: it was recorded from this pass, as its id says, and from `self`; the buffers of neither are ever replaced.
+        unsafe { self.recorded[&key].launch(stream) }
     }
 
     /// What was chosen for a row, once an event after it has passed; `None` where no token had a chance.

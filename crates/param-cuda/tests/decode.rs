@@ -210,11 +210,8 @@ fn a_kernel_that_does_not_wait_is_found_out() {
     }
     let edits = [
         ("round_activations(s, n_padded);\n            __syncthreads();", "round_activations(s, n_padded);"),
-        ("        copy_async_wait<0>();\n        if (threadIdx.x == 0)", "        if (threadIdx.x == 0)"),
-        (
-            "while ((int)(load_acquire(d.barrier) - round) < 0) pause();\n        __syncthreads();\n    }",
-            "__syncthreads();\n    }",
-        ),
+        ("        copy_async_wait<0>();\n        grid_wait", "        grid_wait"),
+        ("grid_wait(d.barrier, round);\n    }", "__syncthreads();\n    }"),
     ];
     for (with, without) in edits {
         let edit = |text: &str| {

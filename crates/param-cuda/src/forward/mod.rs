@@ -7,6 +7,7 @@ mod product;
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::args;
 use crate::caches::Caches;
@@ -15,7 +16,7 @@ use crate::error::Result;
 use crate::kernel::{Arg, Grid, Kernel, Module};
 use crate::memory::Buffer;
 use crate::model::{Block, Format, Matrix, Norm};
-use crate::stream::{Graph, Stream};
+use crate::stream::Stream;
 use attention::{Attention, AttentionArgs, QUERIES, Span};
 use norm::{MAX_ENTRY, MAX_EXPERT, MAX_USED, NormArgs};
 #[cfg(test)]
@@ -43,6 +44,7 @@ impl Row {
 /// A forward pass of up to a certain number of rows at a time.
 #[derive(Debug)]
 pub struct Forward {
+    id: u64,
     model: Arc<DeviceModel>,
     caches: Arc<Caches>,
     products: Products,
@@ -125,7 +127,9 @@ impl Forward {
         let n_expanded = if n_row_max >= EXPAND_ROWS as usize { n_expanded.max().unwrap_or(0) } else { 0 };
         let split = n_row_max.min(SPLIT_ROWS) * MAX_SPLIT as usize;
         let module = |ptx| Module::load(gpu, ptx);
+        static NEXT: AtomicU64 = AtomicU64::new(0);
         Ok(Forward {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
             products: Products::new(gpu, formats(), n_expanded)?,
             attention: Attention::new(gpu, m)?,
             embed: module(include_str!("../../ptx/embed.ptx"))?.kernel("embed")?,
@@ -224,9 +228,9 @@ impl Forward {
         &self.logits
     }
 
-    /// Tokens, positions and sequences of the rows, [3, n_row_max], for kernels that let a recorded pass go on by itself.
-    pub fn rows(&self) -> &Buffer<u32> {
-        &self.rows
+    /// Which of all passes there ever were this is.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
     }
 
     /// Becomes 1 if a row of the residual stream is not finite; stays so until it is written.
@@ -242,15 +246,6 @@ impl Forward {
         self.embed(stream)?;
         self.blocks(stream, 0..self.model.blocks().len())?;
         self.head(stream)
-    }
-
-    /// Queues a recorded pass again, for rows as [`Forward::set_rows`] says that it may be.
-    ///
-    /// # Errors
-    /// [`crate::Error::Call`].
-    pub fn replay(&mut self, stream: &Stream, graph: &Graph) -> Result<()> {
-        // SAFETY: see `Graph::launch`; a graph keeps alive what it was recorded from.
-        unsafe { graph.launch(stream) }
     }
 
     /// Begins: the residual stream becomes embeddings.

@@ -1,8 +1,6 @@
 //! One token each of many sequences at once: the pass that runs prompts, recorded once for so many rows, and the choice after it.
 
-use std::collections::HashMap;
-
-use param_cuda::{Chooser, Event, Forward, Graph, Row, Stream};
+use param_cuda::{Chooser, Event, Forward, Row, Stream};
 use rand::RngExt;
 
 use super::ahead::{Request, is_greedy, sampling};
@@ -11,14 +9,12 @@ use crate::error::{Error, Result};
 /// What choosing for many rows needs.
 pub(crate) struct Together {
     chooser: Chooser,
-    /// By rows, and whether each takes its most likely token.
-    graphs: HashMap<(usize, bool), Graph>,
     n_row_max: usize,
 }
 
 impl Together {
     pub fn new(stream: &Stream, n_row_max: usize, n_vocab: usize) -> Result<Together> {
-        Ok(Together { chooser: Chooser::new(stream.gpu(), n_row_max, n_vocab)?, graphs: HashMap::new(), n_row_max })
+        Ok(Together { chooser: Chooser::new(stream.gpu(), n_row_max, n_vocab)?, n_row_max })
     }
 
     /// Whether so many sequences can be decoded together.
@@ -44,15 +40,7 @@ impl Together {
                 request.sampler.set_rng(rng);
             }
         }
-        let chooser = &mut self.chooser;
-        let graph = match self.graphs.entry((n, likeliest)) {
-            std::collections::hash_map::Entry::Occupied(known) => known.into_mut(),
-            std::collections::hash_map::Entry::Vacant(new) => new.insert(stream.capture(|stream| {
-                forward.run(stream)?;
-                chooser.choose(stream, forward.logits(), n, likeliest)
-            })?),
-        };
-        forward.replay(stream, graph)?;
+        self.chooser.run(stream, forward, n, likeliest)?;
         Event::record(stream)?.synchronize()?;
         (0..n).map(|row| self.chooser.chosen(row).ok_or(Error::NoLogits)).collect()
     }
