@@ -2,6 +2,7 @@
 // for all: embedding, LayerNorm, router, the parts of attention brought together, activations as integers.
 #pragma once
 #include "decode.cuh"
+#include "routing.cuh"
 #include "weight.cuh"
 
 // Rounds s.x [n], n a multiple of 32, to 15 bits with a scale for every 32. A thread looks at what it wrote itself: quad after quad of
@@ -103,20 +104,11 @@ DEVICE void route(const Shared& s, const float* bias) {
     __syncthreads();
     if (warp == 0) {
         bool there = lane < m.n_expert;
-        float logit = there ? s.small->router_logits[lane] : MINUS_INFINITY, score = there && bias ? logit + bias[lane] : logit;
-        // NaN comes last, but something has to be chosen.
-        score = score == score ? score : MINUS_INFINITY;
-        u32 rank = 0;
-#pragma unroll 4
-        for (u32 i = 0; i < m.n_expert; i++) {
-            float other = __shfl_sync(FULL, score, i);
-            rank += other > score || (other == score && i < lane);
-        }
-        bool chosen = there && rank < m.n_used;
-        float most = warp_max(chosen ? logit : MINUS_INFINITY), weight = chosen ? expf(logit - most) : 0.0f, total = warp_sum(weight);
-        if (chosen) {
-            routing.expert[rank] = lane;
-            routing.weight[rank] = weight / total;
+        float logit = there ? s.small->router_logits[lane] : 0.0f;
+        Choice c = choose_experts(logit, logit + (there && bias ? bias[lane] : 0.0f), m.n_expert, m.n_used);
+        if (c.is_chosen) {
+            routing.expert[c.rank] = lane;
+            routing.weight[c.rank] = c.weight;
         }
     }
     __syncthreads();

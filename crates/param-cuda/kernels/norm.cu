@@ -1,6 +1,7 @@
 // Between products: what the last one gave is added to the residual stream, which is normalised for the next; before a layer of experts
 // the router chooses, while the row in f32 is at hand.
 // Limit: memory; bytes = n_row * n_embd * (4 n_part + 8 + 2), and n_expert * n_embd * 4 from the second-level cache a row.
+#include "routing.cuh"
 #include "rows.cuh"
 
 #define THREADS 256
@@ -99,24 +100,12 @@ DEVICE float squares(float4 e, float mean) {
 DEVICE void choose(const NormArgs& p, u32 row, const float* logits) {
     u32 lane = threadIdx.x % WARP;
     if (p.n_expert <= WARP) {
-        // A lane an expert, whose rank is how many come before it.
         bool is_expert = lane < p.n_expert;
-        float logit = is_expert ? logits[lane] : 0.0f, score = logit;
-        if (is_expert && p.selection_bias) score += p.selection_bias[lane];
-        if (!(score > LEAST)) score = LEAST; // NaN too, so that something is chosen
-        u32 rank = 0;
-#pragma unroll 8
-        for (u32 e = 0; e < p.n_expert; e++) {
-            float other = __shfl_sync(FULL, score, e);
-            rank += other > score || (other == score && e < lane);
-        }
-        bool is_chosen = is_expert && rank < p.n_used;
-        float greatest = warp_max(is_chosen ? logit : LEAST);
-        float weight = is_chosen ? expf(logit - greatest) : 0.0f;
-        float total = warp_sum(weight);
-        if (is_chosen) {
-            p.choices[row * p.n_used + rank] = lane;
-            p.weights[row * p.n_used + rank] = weight / total;
+        float logit = is_expert ? logits[lane] : 0.0f, bias = is_expert && p.selection_bias ? p.selection_bias[lane] : 0.0f;
+        Choice c = choose_experts(logit, logit + bias, p.n_expert, p.n_used);
+        if (c.is_chosen) {
+            p.choices[row * p.n_used + c.rank] = lane;
+            p.weights[row * p.n_used + c.rank] = c.weight;
         }
         return;
     }
