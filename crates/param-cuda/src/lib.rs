@@ -14,6 +14,7 @@ pub mod model;
 mod planes;
 pub mod sampling;
 mod stream;
+pub mod training;
 
 pub use caches::{CacheTable, Caches};
 pub use choose::Chooser;
