@@ -3,15 +3,16 @@
 #
 #   benches/learning.sh characters TEXT VENV/bin/python    nanoGPT's small run of characters with experts: seconds to a validation loss of 1.88
 #   benches/learning.sh minutes TEXT                       the loss by character after about ten minutes on two cores with AVX-512
+#   benches/learning.sh documents JSONL VENV/bin/python    bits per byte of the last 200 documents after twenty minutes of training on the others
 #   benches/learning.sh tokens TEXT PRESET                 tokens that the default recipe needs for the loss that AdamW alone ends with
 #   benches/learning.sh reference JSONL VENV/bin/python    200 steps of --recipe reference beside PyTorch, the same batches and weights, noise off
 #
 # SEEDS="1 2 3" says which seeds, THREADS how many threads; COMPILE=1 has PyTorch compile as well in characters; STEPS how long minutes
-# trains, and AdamW in tokens, there at rate ADAMW_LR. Runs go to runs/learning. Needs jq.
+# trains, and AdamW in tokens, there at rate ADAMW_LR; ONLY=ours or ONLY=torch one side of documents. Runs go to runs/learning. Needs jq.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-usage() { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 task=$1 text=$(realpath "$2")
 read -ra seeds <<<"${SEEDS:-1 2 3}"
@@ -62,6 +63,33 @@ minutes)
             --context 256 --batch-size 12 --dropout 0.1 --dtype bf16 --steps "${STEPS:-5600}" --eval-every 500 --eval-batches 36)
         best=$(jq -rs 'map(select(.eval_loss)) | min_by(.eval_loss) | "loss \(.eval_loss * 1e4 | round / 1e4) at step \(.step)"' "$out/metrics.jsonl")
         echo "seed $seed  $best  $((SECONDS - start)) s with evaluation"
+    done
+    ;;
+documents)
+    python=${3:?documents needs VENV/bin/python}
+    config=$root/benches/peers/torch/documents.toml seconds=1200
+    head -n -200 "$text" >"$runs/documents.jsonl"
+    tail -n 200 "$text" >"$runs/documents-held-out.jsonl"
+    data=(--data "$runs/documents.jsonl" --eval-data "$runs/documents-held-out.jsonl")
+    for seed in "${seeds[@]}"; do
+        if [ "${ONLY:-ours}" = ours ]; then
+            # As many steps as fit, by this machine's speed right now, evaluations aside.
+            speed=$("$root/target/release/param-train" --benchmark 40 --config "$config" --batch-size 16 --threads "$threads" 2>/dev/null | jq '."tok/s"')
+            steps=$(jq -n "$seconds * $speed / (16 * 256) | floor")
+            out=$(train "documents-$seed" "${data[@]}" --config "$config" --seed "$seed" --batch-size 16 --steps "$steps" --eval-every $((steps / 8 + 1)))
+            jq -rs --arg seed "$seed" '
+                (map(select(.ce)) | last) as $end | map(select(.eval_loss)) | last
+                | "PARAM    seed \($seed)  \(.bits_per_byte * 1e4 | round / 1e4) bits per byte  \($end.n_target) tokens  \($end.seconds | round) s"
+            ' "$out/metrics.jsonl"
+        fi
+        if [ "${ONLY:-torch}" = torch ]; then
+            # The tokenizer that a run of ours learns from the same documents, and the reference's schedule, which never ends in this time.
+            out=$(train documents-tokenizer "${data[@]}" --config "$config" --steps 1 --eval-batches 1)
+            row=$("$python" "$root/benches/peers/torch/learn.py" --recipe reference --preset "$config" "${data[@]}" --tokenizer "$out/last/tokenizer.json" \
+                --seed "$seed" -t "$threads" --dispatch gather --seconds "$seconds" --steps 1000000 --schedule-steps 8625000 --eval-every 500 \
+                | tee "$runs/documents-torch-$seed.jsonl" | tail -1)
+            jq -r --arg seed "$seed" '"PyTorch  seed \($seed)  \(.bits_per_byte * 1e4 | round / 1e4) bits per byte  \(.n_token) positions  \(.seconds | round) s"' <<<"$row"
+        fi
     done
     ;;
 tokens)
