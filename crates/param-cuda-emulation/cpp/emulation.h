@@ -204,7 +204,14 @@ DEVICE u16 to_bf16(float x) {
     u32 u = __float_as_uint(x);
     return (u & 0x7fffffffu) > 0x7f800000u ? 0x7fff : (u16)((u + 0x7fffu + (u >> 16 & 1)) >> 16);
 }
+DEVICE u32 pack_bf16(float low, float high) { return to_bf16(low) | (u32)to_bf16(high) << 16; }
 DEVICE float from_bf16(u16 h) { return __uint_as_float((u32)h << 16); }
+DEVICE u32 to_tf32(float x) {
+    u32 u = __float_as_uint(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return 0x7fffffffu;
+    // What is left below the mantissa is not to be relied on.
+    return ((u + 0x1000u) & ~0x1fffu) | 0x0155u;
+}
 // f32 holds a sum, a difference, a product of two f16 well enough that rounding twice changes nothing.
 DEVICE u32 f16x2_add(u32 a, u32 b) {
     return emulation::round_f16(from_f16((u16)a) + from_f16((u16)b)) |
@@ -255,6 +262,10 @@ DEVICE void mma_f16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], PLACE) 
 DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], PLACE) {
     emulation::Product mine = {d, a, b};
     emulation::meet(emulation::MULTIPLY, 0xffffffffu, &mine, emulation::multiply_bf16, HERE);
+}
+DEVICE void mma_tf32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], PLACE) {
+    emulation::Product mine = {d, a, b};
+    emulation::meet(emulation::MULTIPLY, 0xffffffffu, &mine, emulation::multiply_tf32, HERE);
 }
 
 DEVICE u32 add_release(u32* p, u32 n) { return atomicAdd(p, n); }

@@ -81,6 +81,7 @@ void load_matrix4(void* const* lanes);
 void load_matrix4_transposed(void* const* lanes);
 void multiply_f16(void* const* lanes);
 void multiply_bf16(void* const* lanes);
+void multiply_tf32(void* const* lanes);
 
 struct Argument { u32 size; bool is_pointer; };
 struct Kernel {

@@ -85,4 +85,28 @@ static float from_bf16(u16 h) {
 }
 void multiply_f16(void* const* lanes) { multiply<from_f16>(lanes); }
 void multiply_bf16(void* const* lanes) { multiply<from_bf16>(lanes); }
+// As an f32 without the bits that the tensor cores do not look at.
+static float from_tf32(u32 u) {
+    u &= ~0x1fffu;
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+void multiply_tf32(void* const* lanes) {
+    float a[16][8], b[8][8], d[16][8];
+    for (int i = 0; i < 32; i++) {
+        const Product* p = (const Product*)lanes[i];
+        int g = i / 4, t = i % 4;
+        for (int k = 0; k < 4; k++) {
+            a[g + k % 2 * 8][t + k / 2 * 4] = from_tf32(p->a[k]);
+            d[g + k / 2 * 8][2 * t + k % 2] = p->d[k];
+        }
+        for (int k = 0; k < 2; k++) b[t + k * 4][g] = from_tf32(p->b[k]);
+    }
+    for (int r = 0; r < 16; r++)
+        for (int k = 0; k < 8; k++)
+            for (int c = 0; c < 8; c++) d[r][c] += a[r][k] * b[k][c];
+    for (int i = 0; i < 32; i++)
+        for (int k = 0; k < 4; k++) ((const Product*)lanes[i])->d[k] = d[i / 4 + k / 2 * 8][2 * (i % 4) + k % 2];
+}
 } // namespace emulation

@@ -94,7 +94,8 @@ pub fn rewrite(text: &str, name: &str) -> Result<String, String> {
     while at < bytes.len() {
         let c = bytes[at];
         if c == b'\n' {
-            place.1 += 1;
+            // From the largest number on where the preprocessor speaks of line 0.
+            place.1 = place.1.wrapping_add(1);
             out.push('\n');
             at += 1;
             // `# 12 "file" flags`

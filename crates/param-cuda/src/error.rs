@@ -18,6 +18,8 @@ pub enum Error {
     OutOfMemory { what: &'static str, bytes: usize, free: usize, total: usize },
     #[error("the GPU path takes {what} up to {most}, this is {value}")]
     Limit { what: &'static str, value: usize, most: usize },
+    #[error("the GPU path takes {what} {expected}, this is {value}")]
+    Unfit { what: &'static str, expected: &'static str, value: usize },
     #[error("kernel `{kernel}`: {cause}")]
     Kernel { kernel: &'static str, cause: Box<Error> },
 }

@@ -150,6 +150,27 @@ impl Gpu {
         self.max_shared
     }
 
+    /// Multiplications and additions a second of its tensor cores at their highest clock, in bf16 with sums in f32; 0 for a kind that is
+    /// not known.
+    ///
+    /// # Errors
+    /// [`Error::Call`].
+    pub fn peak_bf16(&self) -> Result<f64> {
+        // A clock and multiprocessor, of what NVIDIA publishes for each kind.
+        let per_clock = match self.capability {
+            (8, 0) => 2048.0,
+            (8, _) => 1024.0,
+            (9, _) => 4096.0,
+            (10, _) => 8192.0,
+            _ => 0.0,
+        };
+        self.bind()?;
+        let attribute = Attribute::CU_DEVICE_ATTRIBUTE_CLOCK_RATE;
+        // SAFETY: `device` came from the driver.
+        let kilohertz = unsafe { device::get_attribute(self.device, attribute) }.named("cuDeviceGetAttribute")?;
+        Ok(per_clock * self.n_multiprocessor as f64 * f64::from(kilohertz) * 1e3)
+    }
+
     /// Bytes of memory that are free, and that there are.
     ///
     /// # Errors

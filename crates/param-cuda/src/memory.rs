@@ -9,6 +9,7 @@ use cudarc::driver::{result, sys};
 use crate::error::{Named, Result};
 use crate::gpu::Gpu;
 use crate::stream::{Stream, not_recording};
+use crate::training::View;
 
 /// `len` elements in the GPU's memory; freed when dropped.
 #[derive(Debug)]
@@ -209,51 +210,71 @@ impl<T> Drop for Pinned<T> {
     }
 }
 
+impl<T: Pod> View<'_, T> {
+    /// Copies its first elements into `out`, after what `gpu` was given before.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`]: also where a kernel that ran before has failed.
+    ///
+    /// # Panics
+    /// Beyond the end.
+    pub fn read(self, gpu: &Gpu, out: &mut [T]) -> Result<()> {
+        assert!(out.len() <= self.len(), "{} elements of {}", out.len(), self.len());
+        let _turn = not_recording();
+        gpu.bind()?;
+        // SAFETY: a view lies in a buffer that lives; `out` outlives the copy, which is waited for.
+        unsafe { result::memcpy_dtoh_async(out, self.address(), Stream::DEFAULT) }.named("cuMemcpyDtoHAsync")?;
+        // SAFETY: the default stream always exists.
+        unsafe { result::stream::synchronize(Stream::DEFAULT) }.named("cuStreamSynchronize")
+    }
+}
+
 impl Stream {
-    /// Queues a copy of `from`'s elements from `at` on to `to`, which the caller reads once the stream has come that far.
+    /// Queues a copy of `from` to the beginning of `to`, which the caller reads once the stream has come that far.
     ///
     /// # Errors
     /// [`crate::Error::Call`].
     ///
     /// # Panics
-    /// Beyond either's end.
+    /// If there is too little room.
     ///
     /// # Safety
     /// Both must live, and `to` be left alone, until the stream has been waited for.
-    pub unsafe fn read_later<T: Pod>(&self, from: &Buffer<T>, at: usize, to: &mut Pinned<T>) -> Result<()> {
-        assert!(at <= from.len && to.len <= from.len - at, "{} elements at {at} of {}", to.len, from.len);
+    pub unsafe fn read_later<T: Pod>(&self, from: View<T>, to: &mut Pinned<T>) -> Result<()> {
+        let to = &mut to[..from.len()];
         self.gpu().bind()?;
-        let address = from.address + (at * size_of::<T>()) as u64;
-        // SAFETY: checked to lie inside; lifetimes are the caller's promise.
-        unsafe { result::memcpy_dtoh_async(to, address, self.raw()) }.named("cuMemcpyDtoHAsync")
+        // SAFETY: a view lies in its buffer; lifetimes are the caller's promise.
+        unsafe { result::memcpy_dtoh_async(to, from.address(), self.raw()) }.named("cuMemcpyDtoHAsync")
     }
 
-    /// Queues a copy of `from` to the elements of `to` from `at` on.
+    /// Queues a copy of `from`'s first elements to `to`, as many as that has.
     ///
     /// # Errors
     /// [`crate::Error::Call`].
     ///
     /// # Panics
-    /// Beyond `to`'s end.
+    /// If `from` has fewer.
     ///
     /// # Safety
     /// Both must live, and `from` be left alone, until the stream has been waited for.
-    pub unsafe fn write_later<T: Pod>(&self, from: &Pinned<T>, to: &Buffer<T>, at: usize) -> Result<()> {
-        assert!(at <= to.len && from.len <= to.len - at, "{} elements at {at} of {}", from.len, to.len);
+    pub unsafe fn write_later<T: Pod>(&self, from: &Pinned<T>, to: View<T>) -> Result<()> {
+        let from = &from[..to.len()];
         self.gpu().bind()?;
-        let address = to.address + (at * size_of::<T>()) as u64;
-        // SAFETY: checked to lie inside; lifetimes are the caller's promise.
-        unsafe { result::memcpy_htod_async(address, from, self.raw()) }.named("cuMemcpyHtoDAsync")
+        // SAFETY: a view lies in its buffer; lifetimes are the caller's promise.
+        unsafe { result::memcpy_htod_async(to.address(), from, self.raw()) }.named("cuMemcpyHtoDAsync")
     }
 
-    /// Queues zeroing all of `buffer`.
+    /// Queues zeroing all of `view`.
     ///
     /// # Errors
     /// [`crate::Error::Call`].
-    pub fn zero<T: Pod>(&self, buffer: &mut Buffer<T>) -> Result<()> {
+    pub fn zero<T: Pod>(&self, view: View<T>) -> Result<()> {
+        if view.is_empty() {
+            return Ok(());
+        }
         self.gpu().bind()?;
-        let bytes = buffer.len * size_of::<T>();
-        // SAFETY: the whole allocation; freeing it waits for the GPU.
-        unsafe { result::memset_d8_async(buffer.address, 0, bytes, self.raw()) }.named("cuMemsetD8Async")
+        let bytes = view.len() * size_of::<T>();
+        // SAFETY: a view lies in a buffer; freeing that waits for the GPU.
+        unsafe { result::memset_d8_async(view.address(), 0, bytes, self.raw()) }.named("cuMemsetD8Async")
     }
 }

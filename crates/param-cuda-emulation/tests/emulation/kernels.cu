@@ -91,6 +91,16 @@ template <bool BF16> DEVICE void multiply(const u16* a, const u16* b, float* c, 
 }
 KERNEL void multiply_f16(const u16* a, const u16* b, float* c, int k, int n_col) { multiply<false>(a, b, c, k, n_col); }
 KERNEL void multiply_bf16(const u16* a, const u16* b, float* c, int k, int n_col) { multiply<true>(a, b, c, k, n_col); }
+// c [16, 8] = a [16, 8] b^T, b [8, 8] by rows, in tf32; and a in bf16 by pairs. One warp.
+KERNEL void multiply_tf32(const float* a, const float* b, float* c, u32* pairs) {
+    u32 lane = threadIdx.x, g = lane / 4, t = lane % 4;
+    u32 x[4], y[2] = {to_tf32(b[g * 8 + t]), to_tf32(b[g * 8 + t + 4])};
+    for (u32 i = 0; i < 4; i++) x[i] = to_tf32(a[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
+    float d[4] = {};
+    mma_tf32(d, x, y);
+    for (u32 i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = d[i];
+    for (u32 i = 0; i < 2; i++) pairs[lane + i * 32] = pack_bf16(a[(lane + i * 32) * 2], a[(lane + i * 32) * 2 + 1]);
+}
 
 KERNEL void matrices(const u16* in, u32* out) {
     __shared__ __align__(16) u16 m[32 * 8];

@@ -131,6 +131,29 @@ fn tensor_cores_multiply() {
 }
 
 #[test]
+fn tensor_cores_multiply_what_they_look_at() {
+    let d = driver();
+    // The twelfth bit of the mantissa rounds away from zero; then all products and sums are exact.
+    let value = |i: usize, n: usize| ((i * n % 31 % 3) as f32 - 1.0) * (1.0 + 2f32.powi(-11));
+    let rounded = |x: f32| f32::from_bits((x.to_bits() + 0x1000) & !0x1fff);
+    let (a, b): (Vec<f32>, Vec<f32>) =
+        ((0..128).map(|i| value(i, 37)).collect(), (0..64).map(|i| value(i, 17)).collect());
+    let (pa, pb, c, pairs) = (d.upload(&a), d.upload(&b), d.alloc(128 * 4), d.alloc(64 * 4));
+    for s in schedules() {
+        d.schedule(s);
+        assert_eq!(d.launch("multiply_tf32", [1, 1, 1], [32, 1, 1], 0, null_mut(), args![pa, pb, c, pairs]), 0);
+        for (i, got) in d.read::<f32>(c, 128).into_iter().enumerate() {
+            let want: f32 = (0..8).map(|k| rounded(a[i / 8 * 8 + k]) * rounded(b[i % 8 * 8 + k])).sum();
+            assert_eq!(got, want, "{s}");
+        }
+        for (pair, a) in d.read::<u32>(pairs, 64).into_iter().zip(a.chunks_exact(2)) {
+            let [low, high] = [a[0], a[1]].map(|x| u32::from(bf16::from_f32(x).to_bits()));
+            assert_eq!(pair, low | high << 16);
+        }
+    }
+}
+
+#[test]
 fn matrices_are_loaded_by_lanes() {
     let d = driver();
     let x: Vec<u16> = (0..256).collect();

@@ -48,6 +48,15 @@ impl<'a, T> View<'a, T> {
         self.address
     }
 
+    /// The same, from which kernels read 16 bytes at a time.
+    ///
+    /// # Panics
+    /// At an address that is no multiple of them.
+    pub(super) fn aligned(self) -> Self {
+        assert!(self.address.is_multiple_of(16), "{} is no multiple of 16 bytes", self.address);
+        self
+    }
+
     /// The elements `range` of it.
     ///
     /// # Panics
@@ -130,6 +139,16 @@ impl<'a> Rows<'a> {
         assert!(needed <= bytes.len(), "{n_row} rows of {n_col}: {needed} bytes of {}", bytes.len());
         assert!(bytes.address().is_multiple_of(16), "a matrix begins at a multiple of 16 bytes");
         Self { address: bytes.address(), element, n_row, n_col, stride, of: PhantomData }
+    }
+
+    /// Rows of f32 without padding.
+    ///
+    /// # Panics
+    /// If they are not all of `floats`, or would be padded.
+    pub fn floats(floats: View<'a, f32>, n_row: usize, n_col: usize) -> Self {
+        assert_eq!(floats.len(), n_row * n_col, "{n_row} rows of {n_col}");
+        assert!(n_col.is_multiple_of(Element::F32.per_copy()), "{n_col} columns would be padded");
+        Self::new(floats.cast(), Element::F32, n_row, n_col)
     }
 
     /// Bytes that [`Rows::new`] takes.

@@ -56,11 +56,11 @@ fn work() -> Result<(), String> {
         assert!(buffer.to_vec()?.iter().all(|&x| x == 16));
         let mut pinned = gpu.pinned::<u32>("a few numbers", 10)?;
         // SAFETY: waited for before anything is touched.
-        unsafe { stream.read_later(&buffer, 990, &mut pinned)? };
+        unsafe { stream.read_later(buffer.view().part(990..1000), &mut pinned)? };
         // SAFETY: as above.
-        unsafe { stream.write_later(&pinned, &buffer, 0)? };
+        unsafe { stream.write_later(&pinned, buffer.view().part(0..10))? };
         stream.synchronize()?;
-        stream.zero(&mut buffer)?;
+        stream.zero(buffer.view())?;
         buffer.write(5, &[1])?;
         assert_eq!((buffer.to_vec()?[5], pinned[0]), (1, 16));
         Ok(())
