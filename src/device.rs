@@ -34,10 +34,12 @@ enum DecodeArg {
     Graph,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
-enum DeviceArg {
+/// The flag --device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DeviceArg {
     /// A GPU if there is one, with as much of the model as fits
     Auto,
+    /// All by the processor
     Cpu,
     /// A GPU, or an error
     Cuda,

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use param_model::{Checkpoint, Part};
 use param_train::cpu::{Capacity, Compute, GradientScale, Losses, Mode, Model, NoiseSource, Sequences};
-use param_train::data::IGNORED;
+use param_train::cuda::CudaLearner;
+use param_train::data::{Batch, IGNORED, Layout};
 use param_train::optimizer::{self, AdamW, Decay, Group, Moments, Step, clip_factor, global_norm};
 use param_train::recipe::Recipe;
-use param_train::settings::Settings;
+use param_train::settings::{Dtype, Settings};
 use serde_json::Value;
 
 use super::{Array, Case, assert_close, cases};
@@ -164,6 +165,56 @@ fn first_step_logits_and_chosen_experts_equal_the_reference() {
             assert_eq!(chosen, array("experts").ints, "{at} experts of block {layer}");
             assert_close(&format!("{at} router {layer}"), &routing.logits, &array("logits").floats, 1e-4);
             assert_close(&format!("{at} weights {layer}"), &routing.weights, &array("weights").floats, 1e-5);
+        }
+    });
+}
+
+/// Losses, routing and gradients on the emulated GPU, or with `PARAM_GPU=1` on a real one.
+///
+/// Bounds: 1e-3 of each gradient's norm in f32; in bf16 3e-2 of the norm of all together, as a choice of experts that rounding turns
+/// moves a few tokens' worth of single tensors.
+#[test]
+fn gradients_on_a_gpu_equal_the_reference() {
+    param_cuda_emulation::preload();
+    let gpu = param_cuda::open().unwrap();
+    for_each_variant(|case, variant, at| {
+        let golden = Checkpoint::open(&case.folder.join(format!("train_{}.safetensors", variant.name))).unwrap();
+        let (ids, n_col) = (variant.ids(), variant.n_col());
+        let mask = variant.mask();
+        let layout = if mask.is_some() { Layout::OneDocumentPerRow } else { Layout::Packed };
+        let n_row = ids.len() / n_col;
+        let batch = Batch { n_row, input: ids, target: variant.targets(), mask, first: None, n_bytes: 0 };
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let base = Recipe::Reference.settings(&case.config, 3);
+            let settings = Settings { batch_size: n_row, context: n_col, layout, dtype, ..base };
+            let table = param_model::tensors(&case.config);
+            let groups = Group::all(&table, &settings).unwrap();
+            let moments = Moments::zeros(&table, &groups);
+            let mut learner =
+                CudaLearner::new(&gpu, &case.config, &settings, &case.params(), groups, &moments).unwrap();
+            let normal = Some(variant.noise.concat()).filter(|normal| !normal.is_empty());
+            let (losses, grads) = learner.loss_and_gradients(&batch, variant.capacity, normal.as_deref()).unwrap();
+            let expected = &variant.expected["steps"][0];
+            let (near, ce) = (if dtype == Dtype::F32 { 1e-5 } else { 5e-3 }, losses.cross_entropy);
+            assert_relative(&format!("{at} {dtype:?} ce"), ce.sum / ce.n_target as f64, &expected["ce"], near);
+            let (mut all_off, mut all_size) = (0.0, 0.0);
+            for_each_tensor(case, variant, |i, name, entry| {
+                let want = golden.tensor(&format!("grad.{name}")).unwrap().expect(name).to_f32();
+                let stride = entry["grad"]["stride"].as_u64().unwrap() as usize;
+                let (off, size) = distance(&grads[i], &want, stride, |j| f64::from(want[j]));
+                (all_off, all_size) = (all_off + off * off, all_size + size * size);
+                let off_by = format!("{at} gradient of {name}: off by {off} of {size}");
+                assert!(dtype != Dtype::F32 || off <= 1e-3 * size, "{off_by}");
+            });
+            let (off, size) = (f64::sqrt(all_off), f64::sqrt(all_size));
+            assert!(off <= 3e-2 * size, "{at} {dtype:?}: all gradients off by {off} of {size}");
+            if dtype == Dtype::F32 {
+                for (i, router) in losses.routers.iter().enumerate() {
+                    assert_relative(&format!("{at} aux {i}"), router.aux, &expected["aux_per_layer"][i], 1e-5);
+                    assert_relative(&format!("{at} z {i}"), router.z, &expected["z_per_layer"][i], 1e-5);
+                    assert_eq!(router.n_dropped as u64, expected["dropped"][i].as_u64().unwrap(), "{at} dropped {i}");
+                }
+            }
         }
     });
 }

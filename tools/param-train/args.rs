@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use clap::{Args, Parser, ValueEnum};
 use param::cli::{Usage, VERSION};
+use param::device::DeviceArg;
 use param_model::Config;
 use param_train::data::Layout;
 use param_train::inherit::Source;
@@ -33,6 +34,9 @@ pub struct Flags {
     pub model: Model,
     #[command(flatten)]
     pub training: Training,
+    /// Where the model is trained
+    #[arg(long, value_enum, default_value = "auto")]
+    pub device: DeviceArg,
     /// Threads [default: all cores]
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
@@ -147,9 +151,9 @@ pub struct Training {
     /// Passes over the training data instead of steps
     #[arg(long, value_name = "X", conflicts_with = "steps")]
     pub epochs: Option<f64>,
-    /// Rows per batch [default: 16]
-    #[arg(long, value_name = "B")]
-    pub batch_size: Option<usize>,
+    /// Rows per batch, or auto: as many as the GPU has memory for, a power of two [default: 16]
+    #[arg(long, value_name = "B", value_parser = parse_batch_size)]
+    pub batch_size: Option<BatchSize>,
     /// Batches per step [default: 1]
     #[arg(long, value_name = "N")]
     pub accumulate: Option<usize>,
@@ -296,6 +300,8 @@ pub enum ScheduleName {
 pub enum DtypeName {
     /// Exact
     F32,
+    /// Factors rounded to 10 bits of mantissa: on a GPU
+    Tf32,
     /// Factors rounded to bf16, sums in f32, parameters kept in f32: faster where the processor multiplies bf16
     Bf16,
 }
@@ -306,6 +312,22 @@ pub enum LayoutName {
     Packed,
     /// One document a row, cut off or padded, as in the reference
     Document,
+}
+
+/// --batch-size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BatchSize {
+    /// As many rows as the GPU has memory for.
+    Auto,
+    /// So many.
+    Rows(usize),
+}
+
+fn parse_batch_size(text: &str) -> Result<BatchSize, String> {
+    match text {
+        "auto" => Ok(BatchSize::Auto),
+        _ => text.parse().map(BatchSize::Rows).map_err(|_| "expected a number of rows, or auto".to_owned()),
+    }
 }
 
 fn parse_factor(assignment: &str) -> Result<(String, f32), String> {
@@ -436,7 +458,9 @@ impl Training {
     pub fn apply(&self, mut settings: Settings) -> Settings {
         let s = &mut settings;
         set(&mut s.seed, self.seed);
-        set(&mut s.batch_size, self.batch_size);
+        if let Some(BatchSize::Rows(n)) = self.batch_size {
+            s.batch_size = n;
+        }
         set(&mut s.accumulation, self.accumulate);
         set(&mut s.accumulation_warmup, self.accumulate_warmup);
         set(&mut s.schedule.peak, self.lr);
@@ -488,6 +512,7 @@ impl Training {
         set(&mut s.schedule.curve, curve);
         let dtype = self.dtype.map(|name| match name {
             DtypeName::F32 => Dtype::F32,
+            DtypeName::Tf32 => Dtype::Tf32,
             DtypeName::Bf16 => Dtype::Bf16,
         });
         set(&mut s.dtype, dtype);

@@ -7,15 +7,18 @@ use anyhow::Result;
 use param_train::benchmark::benchmark;
 use serde_json::json;
 
+use param_train::settings::Settings;
+
 use crate::args::Flags;
-use crate::profile;
+use crate::{device, profile};
 
 /// Measures `steps` steps: one JSON object on standard output, with `--profile` a table on standard error.
 pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
     let config = flags.model.config()?;
     let settings = flags.settings(&config, steps)?;
-    let n_thread = flags.n_thread();
-    let result = benchmark(&config, &settings, n_thread, steps)?;
+    let device = device::choose(flags, &config, &settings)?;
+    let settings = Settings { batch_size: device::batch_size(flags, &device, &config, &settings)?, ..settings };
+    let result = benchmark(&config, &settings, &device, steps)?;
     let mut sorted = result.tokens_per_s.clone();
     sorted.sort_by(f64::total_cmp);
     let median = (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0;
@@ -23,7 +26,8 @@ pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
     let row = json!({
         "engine": "PARAM",
         "preset": flags.model.name(),
-        "threads": n_thread,
+        "device": device.to_string(),
+        "threads": flags.n_thread(),
         "dtype": settings.dtype,
         "batch": settings.batch_size,
         "context": settings.context,
@@ -33,7 +37,7 @@ pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
         "samples": result.tokens_per_s.iter().copied().map(rounded).collect::<Vec<_>>(),
         "operations_per_token": result.operations_per_token.round(),
         "peak": result.peak.round(),
-        "mfu": median * result.operations_per_token / result.peak,
+        "mfu": (result.peak > 0.0).then(|| median * result.operations_per_token / result.peak),
         "peak_bytes": param_train::memory::peak(),
         "loss": result.loss,
     });

@@ -4,6 +4,7 @@
 mod args;
 mod benchmark;
 mod corpus;
+mod device;
 mod dry_run;
 mod profile;
 mod report;
@@ -23,7 +24,7 @@ use param_model::checkpoint::{BEST_LINK, LAST_LINK, TOKENIZER_FILE, WEIGHTS_FILE
 use param_model::{Checkpoint, Config, Tokenizer};
 use param_train::Error;
 use param_train::checkpoint::{RunFolder, read_model, write_model};
-use param_train::cpu::{Model, Section};
+use param_train::cpu::Section;
 use param_train::data::{Batches, DataError, Vocabulary};
 use param_train::inherit::{Plan, Source};
 use param_train::init::initialise;
@@ -113,9 +114,9 @@ fn evaluate(flags: &Flags, checkpoint: &Path, stop: &AtomicBool) -> Result<ExitC
     let cache = tempfile::tempdir().context("a temporary folder for tokens")?;
     let mixture = choice.everything(cache.path(), &tokenizer, stop)?;
     let rows = (context, settings.batch_size);
-    let mut model = Model::new(&config, settings.compute(flags.n_thread()));
-    let Some(record) = evaluate_mixture(&mut model, &params, &tokenizer, &mixture, rows, settings.dropping, stop)?
-    else {
+    let device = device::choose(flags, &config, &settings)?;
+    let mut model = device.evaluator(&config, &settings, params)?;
+    let Some(record) = evaluate_mixture(&mut *model, &tokenizer, &mixture, rows, settings.dropping, stop)? else {
         return Ok(ExitCode::from(cli::INTERRUPTED));
     };
     if !record.eval_loss.is_finite() {
@@ -183,6 +184,7 @@ fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer>
     // How many steps epochs are is known once the data is read; nothing else that can be wrong in the settings depends on it.
     let early = flags.settings(&config, flags.training.steps.unwrap_or(1))?;
     early.check(&config)?;
+    let device = device::choose(flags, &config, &early)?;
     let beginning = beginning(flags, &config)?;
     let choice = DataChoice::from_flags(&flags.data, early.seed)?;
     let tokenizer = match &beginning {
@@ -195,13 +197,15 @@ fn start(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer>
     // Before tokenizing, so that a folder that cannot be written costs no time.
     folder.create()?;
     let corpus = choice.corpus(&tokens_folder(&folder), tokenizer, stop)?;
-    let steps = steps(&flags.training, &corpus, &early)?.unwrap_or(Training::STEPS);
-    let settings = flags.settings(&config, steps)?;
+    // The vocabulary is known now, on which memory depends.
+    let batch_size = device::batch_size(flags, &device, &config, &early)?;
+    let steps = steps(&flags.training, &corpus, &Settings { batch_size, ..early })?.unwrap_or(Training::STEPS);
+    let settings = Settings { batch_size, ..flags.settings(&config, steps)? };
     choice.save(folder.path())?;
-    eprintln!("{}, on {} threads", summary(&config), flags.n_thread());
+    eprintln!("{}, on {device}", summary(&config));
     report_frozen(&config, &settings)?;
     let params = first_params(flags, beginning, &config, settings.seed)?;
-    Ok(Trainer::new(folder, &config, params, settings, corpus, flags.n_thread())?)
+    Ok(Trainer::new(folder, &config, params, settings, corpus, &device)?)
 }
 
 /// The checkpoint that a new run starts from, if the flags name one, and what becomes of its tensors in `config`.
@@ -265,7 +269,9 @@ fn resume(flags: &Flags, folder: RunFolder, stop: &AtomicBool) -> Result<Trainer
     let schedule = param_train::schedule::Schedule { total, ..settings.schedule };
     eprintln!("{}, resumed at step {} of {total}", summary(&restored.config), restored.state.step);
     report_frozen(&restored.config, &settings)?;
-    Ok(Trainer::resume(folder, restored, Settings { schedule, ..settings }, corpus, flags.n_thread())?)
+    let device = device::choose(flags, &restored.config, &settings)?;
+    eprintln!("on {device}");
+    Ok(Trainer::resume(folder, restored, Settings { schedule, ..settings }, corpus, &device)?)
 }
 
 /// Steps that the flags ask for, if they do.

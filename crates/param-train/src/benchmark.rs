@@ -7,6 +7,7 @@ use rand::RngExt;
 
 use crate::cpu::{Section, Spent, operations_per_token};
 use crate::data::Batch;
+use crate::device::Device;
 use crate::error::Error;
 use crate::init::initialise;
 use crate::learner::Learner;
@@ -36,9 +37,9 @@ pub struct Benchmark {
 ///
 /// # Errors
 /// Settings that do not fit the model, or a loss that is not finite.
-pub fn benchmark(config: &Config, settings: &Settings, n_thread: usize, steps: u64) -> Result<Benchmark, Error> {
+pub fn benchmark(config: &Config, settings: &Settings, device: &Device, steps: u64) -> Result<Benchmark, Error> {
     settings.check(config)?;
-    let mut learner = Learner::new(config, settings, n_thread, initialise(config, settings.seed))?;
+    let mut learner = Learner::new(config, settings, device, initialise(config, settings.seed))?;
     let mut rng = stream(settings.seed, STREAM);
     let mut batch = || {
         let n = settings.batch_size * settings.context;
@@ -46,7 +47,7 @@ pub fn benchmark(config: &Config, settings: &Settings, n_thread: usize, steps: u
         let target = ids[1..].iter().map(|&id| id as i32).collect();
         Batch { n_row: settings.batch_size, input: ids[..n].to_vec(), target, mask: None, first: None, n_bytes: 0 }
     };
-    let mut peaks = vec![learner.peak(settings.dtype)];
+    let mut peaks = vec![learner.model.peak(settings)];
     let operations_per_token = operations_per_token(config, settings.context);
     let mut result =
         Benchmark { tokens_per_s: Vec::new(), operations_per_token, peak: 0.0, loss: 0.0, spent: Vec::new() };
@@ -63,7 +64,7 @@ pub fn benchmark(config: &Config, settings: &Settings, n_thread: usize, steps: u
         result.loss = record.loss;
     }
     result.spent = Section::ALL.iter().map(|&section| learner.model.profile().spent(section)).collect();
-    peaks.push(learner.peak(settings.dtype));
+    peaks.push(learner.model.peak(settings));
     result.peak = peaks.iter().sum::<f64>() / peaks.len() as f64;
     Ok(result)
 }

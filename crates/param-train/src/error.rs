@@ -11,6 +11,8 @@ pub enum Error {
     #[error(transparent)]
     Data(#[from] DataError),
     #[error(transparent)]
+    Cuda(#[from] param_cuda::Error),
+    #[error(transparent)]
     Model(#[from] param_model::Error),
     #[error("{}: {error}", path.display())]
     Io { path: PathBuf, error: std::io::Error },

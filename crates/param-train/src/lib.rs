@@ -1,10 +1,13 @@
 //! Training of PARAM models: data, forward and backward passes, optimizer, schedule, checkpoints and the loop over them.
 #![deny(unsafe_code)]
 
+mod backend;
 pub mod benchmark;
 pub mod checkpoint;
 pub mod cpu;
+pub mod cuda;
 pub mod data;
+mod device;
 mod error;
 pub mod inherit;
 pub mod init;
@@ -22,4 +25,6 @@ pub mod settings;
 pub mod spikes;
 pub mod trainer;
 
+pub use backend::{BatchLosses, Evaluate, Learn, RouterLosses};
+pub use device::Device;
 pub use error::Error;

@@ -38,6 +38,12 @@ impl Key {
     }
 }
 
+/// The words of ChaCha's key that `seed` stands for.
+pub fn key_words(seed: u64) -> [u32; 8] {
+    let bytes = ChaCha8Rng::seed_from_u64(seed).get_seed();
+    std::array::from_fn(|i| u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]]))
+}
+
 /// Stream number `index` of the numbers that `seed` stands for.
 pub fn stream(seed: u64, index: u64) -> ChaCha8Rng {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

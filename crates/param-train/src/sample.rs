@@ -4,19 +4,27 @@ use param_kernels::Kernels;
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-use crate::cpu::{Mode, Model, Sequences};
+use crate::backend::Evaluate;
+use crate::error::Error;
 
 /// Sharpens the distribution a little: at 1 the tail of a young model drowns the rest.
 const TEMPERATURE: f32 = 0.8;
 
 /// `n` tokens that continue `ids` (not empty), drawn at temperature 0.8.
-pub fn sample(model: &mut Model, params: &[Vec<f32>], mut ids: Vec<u32>, n: usize, rng: &mut ChaCha8Rng) -> Vec<u32> {
+///
+/// # Errors
+/// What the model's device fails with.
+pub fn sample(
+    model: &mut (impl Evaluate + ?Sized),
+    mut ids: Vec<u32>,
+    n: usize,
+    rng: &mut ChaCha8Rng,
+) -> Result<Vec<u32>, Error> {
     let kernels = Kernels::get();
     let n_ctx = model.config().n_ctx;
     for _ in 0..n {
         let window = &ids[ids.len().saturating_sub(n_ctx)..];
-        let sequences = Sequences { ids: window, n_col: window.len(), mask: None, first: None };
-        let mut probabilities = model.logits(params, sequences, &[window.len() - 1], Mode::INFERENCE);
+        let mut probabilities = model.logits(window)?;
         probabilities.iter_mut().for_each(|logit| *logit /= TEMPERATURE);
         kernels.softmax(&mut probabilities);
         let mut left: f32 = rng.random();
@@ -27,5 +35,5 @@ pub fn sample(model: &mut Model, params: &[Vec<f32>], mut ids: Vec<u32>, n: usiz
         // Rounding can leave a sliver beyond the last token.
         ids.push(next.unwrap_or(probabilities.len() - 1) as u32);
     }
-    ids
+    Ok(ids)
 }

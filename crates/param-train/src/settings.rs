@@ -39,6 +39,8 @@ pub enum Dtype {
     /// Exactly.
     #[default]
     F32,
+    /// Factors of products rounded to 10 bits of mantissa, everything else exactly: for GPUs.
+    Tf32,
     /// Factors of products, and the activations kept for the backward pass, rounded to bf16; sums are f32.
     Bf16,
 }
@@ -47,7 +49,7 @@ impl Dtype {
     /// The multiply-adds that matrix products in it are made of.
     pub fn arithmetic(self) -> Arithmetic {
         match self {
-            Dtype::F32 => Arithmetic::F32,
+            Dtype::F32 | Dtype::Tf32 => Arithmetic::F32,
             Dtype::Bf16 => Arithmetic::Bf16,
         }
     }
@@ -137,7 +139,7 @@ impl Settings {
     /// How a model is computed under these settings.
     pub fn compute(&self, n_thread: usize) -> Compute {
         let precision = match self.dtype {
-            Dtype::F32 => Precision::F32,
+            Dtype::F32 | Dtype::Tf32 => Precision::F32,
             Dtype::Bf16 => Precision::Bf16,
         };
         Compute { n_thread, precision, recompute: self.recompute }

@@ -7,11 +7,13 @@ use std::time::{Duration, Instant};
 use param_model::{Config, Tokenizer};
 use serde::Serialize;
 
+use crate::backend::Evaluate;
 use crate::checkpoint::{Restored, RunFolder, State};
-use crate::cpu::{Mode, Model, Profile, Section, operations_per_token};
+use crate::cpu::{Profile, Section, operations_per_token};
 use crate::data::{Batches, Dataset, Evaluation, Layout, Mixture, Prefetch, Vocabulary};
+use crate::device::Device;
 use crate::error::Error;
-use crate::learner::{Learner, sequences};
+use crate::learner::Learner;
 use crate::load::LoadWatch;
 use crate::memory;
 use crate::metrics::{DatasetEpoch, DatasetLoss, EvalRecord, Metrics, SampleRecord, StarvedRecord, StepRecord};
@@ -85,18 +87,18 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// A new run in a folder without one, from these parameters, on `n_thread` threads.
+    /// A new run in a folder without one, from these parameters.
     pub fn new(
         folder: RunFolder,
         config: &Config,
         params: Vec<Vec<f32>>,
         settings: Settings,
         corpus: Corpus,
-        n_thread: usize,
+        device: &Device,
     ) -> Result<Self, Error> {
         folder.check_unused()?;
         folder.create()?;
-        let learner = Learner::new(config, &settings, n_thread, params)?;
+        let learner = Learner::new(config, &settings, device, params)?;
         let state = State::new(settings, corpus.digest());
         Self::start(folder, learner, state, corpus, None)
     }
@@ -107,7 +109,7 @@ impl Trainer {
         restored: Restored,
         settings: Settings,
         corpus: Corpus,
-        n_thread: usize,
+        device: &Device,
     ) -> Result<Self, Error> {
         let Restored { config, params, moments, mut state } = restored;
         if state.data_digest != corpus.digest() {
@@ -116,7 +118,7 @@ impl Trainer {
         }
         state.settings = settings;
         let saved = Some((state.step, state.is_step_open));
-        let learner = Learner::restored(&config, &state.settings, n_thread, params, moments, state.watch)?;
+        let learner = Learner::restored(&config, &state.settings, device, params, moments, state.watch)?;
         Self::start(folder, learner, state, corpus, saved)
     }
 
@@ -147,7 +149,7 @@ impl Trainer {
         }
         let metrics = Metrics::open(folder.path(), state.step)?;
         let batches = Prefetch::new(batches);
-        let peak = learner.peak(state.settings.dtype);
+        let peak = learner.model.peak(&state.settings);
         let load = LoadWatch::new(learner.model.config());
         let (is_reported, report) = (true, None);
         Ok(Self {
@@ -295,7 +297,10 @@ impl Trainer {
         let names = corpus.train.datasets().iter().map(|dataset| dataset.name.clone());
         Ok(StepRecord {
             tokens_per_s: record.n_target as f64 / seconds,
-            mfu: n_token / seconds * operations_per_token(learner.model.config(), state.settings.context) / self.peak,
+            mfu: share(
+                n_token / seconds * operations_per_token(learner.model.config(), state.settings.context),
+                self.peak,
+            ),
             memory: memory::peak(),
             seconds: state.seconds,
             n_target: state.n_target,
@@ -310,19 +315,18 @@ impl Trainer {
         let &Settings { layout, context, batch_size, eval_batches, dropping, .. } = &self.state.settings;
         let rows = |dataset: &Dataset| evaluation(dataset, &self.vocabulary, layout, (context, batch_size));
         let limit = if eval_batches == 0 { usize::MAX } else { eval_batches };
-        let Learner { model, params, .. } = &mut self.learner;
-        evaluate(model, params, &self.corpus.eval, rows, limit, dropping, self.state.step, stop)
+        evaluate(&mut *self.learner.model, &self.corpus.eval, rows, limit, dropping, self.state.step, stop)
     }
 
     fn sample(&mut self, observe: &mut dyn FnMut(Event)) -> Result<(), Error> {
-        let Self { learner: Learner { model, params, .. }, state, corpus, .. } = self;
+        let Self { learner: Learner { model, .. }, state, corpus, .. } = self;
         let settings = &state.settings;
         let mut ids = corpus.tokenizer.encode_prompt(&settings.sample_prompt)?;
         if ids.is_empty() {
             ids.push(0); // a tokenizer without any mark to start from: some token has to
         }
         let mut rng = stream(settings.seed, FIRST_SAMPLE_STREAM + state.step);
-        let ids = sample(model, params, ids, settings.sample_tokens, &mut rng);
+        let ids = sample(&mut **model, ids, settings.sample_tokens, &mut rng)?;
         let record = SampleRecord { step: state.step, sample: corpus.tokenizer.decode(&ids) };
         self.record(&record, observe)?;
         observe(Event::Sampled(&record));
@@ -335,14 +339,20 @@ impl Trainer {
         if self.saved == now {
             return Ok(());
         }
-        let Self { learner: Learner { model, params, moments, watch, .. }, state, corpus, folder, .. } = self;
+        let Self { learner: Learner { model, watch }, state, corpus, folder, .. } = self;
         state.watch = *watch;
-        let path: PathBuf = folder.save(model.config(), &corpus.tokenizer, model.table(), params, moments, state)?;
+        let (params, moments) = (model.params()?, model.moments()?);
+        let path: PathBuf = folder.save(model.config(), &corpus.tokenizer, model.table(), &params, &moments, state)?;
         self.saved = now;
         observe(Event::Saved(&path));
         self.report(observe, |report| report.refresh(Duration::ZERO));
         Ok(())
     }
+}
+
+/// Part of `peak` that `rate` is; 0 where the peak is not known.
+pub(crate) fn share(rate: f64, peak: f64) -> f64 {
+    if peak > 0.0 { rate / peak } else { 0.0 }
 }
 
 /// The batches of a held-out data set.
@@ -358,8 +368,7 @@ fn evaluation(
 
 /// Loss of a model over all of `mixture`, in packed rows of `context` tokens; `None` if `stop` was set.
 pub fn evaluate_mixture(
-    model: &mut Model,
-    params: &[Vec<f32>],
+    model: &mut dyn Evaluate,
     tokenizer: &Tokenizer,
     mixture: &Mixture,
     (context, batch_size): (usize, usize),
@@ -368,13 +377,12 @@ pub fn evaluate_mixture(
 ) -> Result<Option<EvalRecord>, Error> {
     let vocabulary = Vocabulary::of(tokenizer);
     let rows = |dataset: &Dataset| evaluation(dataset, &vocabulary, Layout::Packed, (context, batch_size));
-    evaluate(model, params, mixture, rows, usize::MAX, dropping, 0, stop)
+    evaluate(model, mixture, rows, usize::MAX, dropping, 0, stop)
 }
 
 /// Evaluates `rows` of each data set; of at most `limit` batches each data set has its share, and one at least.
 fn evaluate(
-    model: &mut Model,
-    params: &[Vec<f32>],
+    model: &mut (impl Evaluate + ?Sized),
     mixture: &Mixture,
     rows: impl Fn(&Dataset) -> Result<Evaluation, Error>,
     limit: usize,
@@ -383,7 +391,7 @@ fn evaluate(
     stop: &AtomicBool,
 ) -> Result<Option<EvalRecord>, Error> {
     let start = Instant::now();
-    let mode = Mode { capacity: dropping.capacity(model.config(), false), ..Mode::INFERENCE };
+    let capacity = dropping.capacity(model.config(), false);
     let mut datasets = Vec::with_capacity(mixture.datasets().len());
     // Bytes of a target, by the shares of the data sets.
     let mut bytes_per_target = 0.0;
@@ -395,9 +403,9 @@ fn evaluate(
                 return Ok(None);
             }
             let batch = batch?;
-            let losses = model.loss(params, sequences(&batch), &batch.target, mode);
-            ce_sum += losses.cross_entropy.sum;
-            n_target += losses.cross_entropy.n_target as u64;
+            let loss = model.loss(&batch, capacity)?;
+            ce_sum += loss.sum;
+            n_target += loss.n_target as u64;
             n_bytes += batch.n_bytes;
         }
         bytes_per_target += dataset.weight * n_bytes as f64 / n_target as f64;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use param_model::{Config, Tokenizer};
+use param_train::Device;
 use param_train::checkpoint::RunFolder;
 use param_train::data::{find, prepare, split};
 use param_train::init::initialise;
@@ -14,6 +15,8 @@ use param_train::schedule::Schedule;
 use param_train::settings::Settings;
 use param_train::spikes::{Action, Rule};
 use param_train::trainer::{Corpus, Event, Outcome, Trainer};
+
+const DEVICE: Device = Device::Cpu { n_thread: 2 };
 
 fn corpus(folder: &Path) -> Corpus {
     let file = folder.join("text.txt");
@@ -67,7 +70,8 @@ fn start(folder: &Path, run: &str) -> Trainer {
         use_selection_bias: true,
         ..Config::preset("param-tiny").unwrap()
     };
-    Trainer::new(RunFolder::new(&folder.join(run)), &config, initialise(&config, 1), settings(), corpus, 2).unwrap()
+    Trainer::new(RunFolder::new(&folder.join(run)), &config, initialise(&config, 1), settings(), corpus, &DEVICE)
+        .unwrap()
 }
 
 /// Step and loss of every evaluation in a run's metrics.
@@ -101,7 +105,7 @@ fn an_interrupted_evaluation_is_made_up_for() {
             let restored = run_folder.restore().unwrap();
             assert!(restored.state.is_step_open && restored.state.step == interrupted_at);
             let settings = restored.state.settings.clone();
-            let mut trainer = Trainer::resume(run_folder, restored, settings, corpus(path), 2).unwrap();
+            let mut trainer = Trainer::resume(run_folder, restored, settings, corpus(path), &DEVICE).unwrap();
             let outcome = trainer.run(&stop, &mut |_| ()).unwrap();
             assert_eq!(outcome == Outcome::Stopped, stop.into_inner());
         }

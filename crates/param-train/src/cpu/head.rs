@@ -23,7 +23,7 @@ pub struct Gradients<'a> {
 }
 
 /// Cross-entropy over the targets that count.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct CrossEntropy {
     /// Sum of `-log softmax(logits)[target]`, nats.
     pub sum: f64,

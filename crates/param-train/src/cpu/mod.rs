@@ -8,6 +8,7 @@ mod dropout;
 mod embedding;
 mod experts;
 mod head;
+mod learner;
 mod linear;
 mod machine;
 mod norm;
@@ -29,6 +30,7 @@ use crate::random::{Key, Site};
 use block::{Block, Saved};
 use dropout::Dropout;
 pub use head::CrossEntropy;
+pub use learner::{CpuLearner, CpuModel};
 pub use machine::Compute;
 use machine::Machine;
 pub use plan::{Memory, operations_per_token};
@@ -73,7 +75,7 @@ pub enum NoiseSource<'a> {
 
 impl NoiseSource<'_> {
     /// Draws for a block's router [n_token, n_expert], the same ones whenever they are asked for.
-    fn normal(&self, config: &Config, block: usize, n_token: usize) -> Option<Vec<f32>> {
+    pub(crate) fn normal(&self, config: &Config, block: usize, n_token: usize) -> Option<Vec<f32>> {
         if !config.is_moe(block) {
             return None;
         }
@@ -140,7 +142,7 @@ impl Losses {
 }
 
 /// Weights in force of the load-balancing and z losses: in the reference the first's switch gates both.
-fn router_loss_weights(config: &Config) -> (f32, f32) {
+pub(crate) fn router_loss_weights(config: &Config) -> (f32, f32) {
     let on = |flag: bool, weight: f32| if flag { weight } else { 0.0 };
     let z = on(config.use_router_z_loss, config.router_z_loss_weight);
     (on(config.use_aux_loss, config.aux_loss_weight), on(config.use_aux_loss, z))

@@ -22,7 +22,8 @@ pub enum Capacity {
 }
 
 impl Capacity {
-    fn tokens(self, n_token: usize, n_expert: usize, k: usize) -> usize {
+    /// Tokens an expert takes of a batch of `n_token`.
+    pub(crate) fn tokens(self, n_token: usize, n_expert: usize, k: usize) -> usize {
         match self {
             Capacity::Unlimited => n_token,
             Capacity::Factor { factor, min } => {

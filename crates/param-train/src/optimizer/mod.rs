@@ -11,6 +11,7 @@ use crate::error::Error;
 use crate::settings::Settings;
 
 pub use adamw::{AdamW, Decay};
+pub(crate) use muon::polynomials;
 pub use muon::{Muon, Scratch as MuonScratch};
 
 /// Elements per task: fixed, so that sums do not depend on the number of threads.
@@ -83,6 +84,7 @@ fn matching(table: &[TensorSpec], flag: &'static str, pattern: &str) -> Result<V
 }
 
 /// First and second moments, in the tensor table's order.
+#[derive(Clone, Debug)]
 pub struct Moments {
     /// Running mean of the gradients; of Muon's tensors, their running sum.
     pub first: Vec<Vec<f32>>,

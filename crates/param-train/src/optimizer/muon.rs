@@ -155,7 +155,7 @@ fn parts(n: usize, size: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 /// Coefficients of `a s + b s^3 + c s^5`, one polynomial after another.
-fn polynomials() -> &'static [[f32; 3]; N_POLYNOMIAL] {
+pub(crate) fn polynomials() -> &'static [[f32; 3]; N_POLYNOMIAL] {
     static COMPUTED: OnceLock<[[f32; 3]; N_POLYNOMIAL]> = OnceLock::new();
     COMPUTED.get_or_init(|| {
         let mut least = LEAST;
