@@ -1,11 +1,15 @@
-"""Everything that needs a GPU, in one run: tests, golden numbers, param-bench, PyTorch's peers. Steps (default: the first three):
+"""Everything that needs a GPU, in one run: tests, golden numbers, param-bench, training, PyTorch's peers. Steps (default: the first three):
 
-  tests   the test binaries; golden cases through param-run
+  tests   the test binaries, training's among them; golden cases through param-run
   bench   param-bench on random weights in several formats; logits beside the CPU's
   peers   what the GPU can do at best, and the model in PyTorch
 and, only where asked for:
-  profile   time and bytes of each kernel, by ncu
-  sanitize  memory errors and races, by compute-sanitizer
+  training        param-train --benchmark of several models and types, a minute at most each
+  training-peers  training steps of the models in PyTorch, in bf16: eager ones first, compiled ones may take minutes each
+  profile         time and bytes of each kernel, by ncu
+  sanitize        memory errors and races, by compute-sanitizer
+
+Training and PyTorch in one run, so that the table has their ratio: `run.sh training training-peers --budget 500`.
 
 Writes gpu-DATE.json after every step, so that a run that is cut short leaves what it had; a step that fails or runs out of time is
 recorded and the next one begins. tools/gpu-check.sh makes the folder that this runs in.
@@ -28,12 +32,26 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-GROUPS = ["tests", "bench", "peers", "profile", "sanitize"]
+GROUPS = ["tests", "bench", "peers", "training", "training-peers", "profile", "sanitize"]
 FORMATS = ["f16", "default", "q4_k", "q8_0", "bf16", "f32"]  # in the order of what matters, in case time runs out
 PEERS = {  # seconds each may take
     "ceilings": 40, "check": 50, "decode_graph": 40, "prefill_eager": 40, "prefill_graph": 40, "batch_graph": 50, "decode_eager": 40,
     "decode_blocks": 90, "batch_blocks": 90, "prefill_blocks": 90, "reference": 60, "decode_compiled": 150, "batch_compiled": 150,
 }
+# PRESET:DTYPE:ROWS[:OPTIMIZER] in that order too; batches of up to 65,536 tokens. AdamW is what PyTorch has.
+TRAINING = [
+    "param-0.5b:bf16:32", "param-124m:bf16:32", "param-0.5b:bf16:16", "param-0.5b:bf16:32:muon", "param-mid:bf16:256", "param-0.5b:tf32:16",
+    "param-mid:tf32:256", "param-mid:f32:256", "param-mini:bf16:256", "param-tiny:bf16:512", "param-0.5b:f32:16", "param-0.5b:bf16:auto",
+]
+# PRESET:DISPATCH:HOW of bench_training_cuda.py, and the seconds that each way may take, with a batch or two that turn out too large.
+TRAINING_PEERS = [
+    f"{model}:{how}"
+    for how in ("eager", "blocks", "compiled")
+    for model in ("param-124m:dense", "param-0.5b:grouped", "param-0.5b:gather", "param-0.5b:capacity")
+]
+WAYS = {"eager": 60, "blocks": 150, "compiled": 240}
+# llm.c's own figure for GPT-2's sizes on an H100, in bf16 with weights and moments in f32.
+LLM_C = "44-50%"
 QUERY = "name,driver_version,pstate,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu,memory.total,memory.used"
 
 
@@ -44,6 +62,13 @@ def arguments():
     parser.add_argument("--budget", type=float, default=345, metavar="SECONDS", help="for all steps together [default: 345]")
     parser.add_argument("--formats", default=",".join(FORMATS), help="of weights to measure [default: %(default)s]")
     parser.add_argument("--peers", default=",".join(PEERS), metavar="NAMES", help="steps of the peers [default: %(default)s]")
+    parser.add_argument("--training", default=",".join(TRAINING), metavar="LIST",
+                        help="PRESET:DTYPE:ROWS[:OPTIMIZER], ROWS also auto, OPTIMIZER adamw or muon [default: %(default)s]")
+    parser.add_argument("--training-steps", type=int, default=10, metavar="N", help="timed steps of each of them [default: %(default)s]")
+    parser.add_argument("--training-peers", default=",".join(TRAINING_PEERS), metavar="LIST",
+                        help="PRESET:DISPATCH:HOW, see torch/bench_training_cuda.py [default: %(default)s]")
+    parser.add_argument("--only-tests", default="", metavar="WORDS",
+                        help="of `tests` only the lines of tests.txt with one of these words, such as training")
     parser.add_argument("--batches", default="1,8,64", help="numbers of sequences decoded together [default: %(default)s]")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: only to try this script")
     parser.add_argument("--preset", default="param-0.5b", help="the model that is measured [default: %(default)s]")
@@ -53,6 +78,11 @@ def arguments():
         for name in given:
             if name not in known:
                 parser.error(f"{name}: expected of {', '.join(known)}")
+    for flag, n_part in (("training", (3, 4)), ("training_peers", (3,))):
+        for name in getattr(args, flag).split(","):
+            preset, *parts = name.split(":")
+            if 1 + len(parts) not in n_part or not (HERE / f"presets/{preset}.toml").exists() or flag == "training_peers" and parts[1] not in WAYS:
+                parser.error(f"--{flag.replace('_', '-')}: {name}: see --help")
     return args
 
 
@@ -193,7 +223,10 @@ def test_binaries(run):
     env = {"PARAM_GOLDEN": str(HERE / "golden"), "PARAM_BIN": str(HERE / "bin"), "RUST_BACKTRACE": "0"}
     if run.args.device == "cuda":
         env["PARAM_GPU"] = "1"
+    words = run.args.only_tests.split(",")
     for line in (HERE / "tests.txt").read_text().splitlines():
+        if not any(word in line.split("--skip")[0] for word in words):
+            continue
         file, *filters = line.split()
         step, stdout = run.command(f"test {file} {' '.join(filters)}".strip(), [HERE / "tests" / file, *filters], 75, env, keep=8000, save=False)
         step["note"] = next((line for line in reversed(stdout.splitlines()) if line.startswith("test result")), "")
@@ -318,6 +351,25 @@ def agree(run):
         run.add(step)
 
 
+def training(run):
+    """Training steps, by AdamW as PyTorch's where not said otherwise."""
+    for name in run.args.training.split(","):
+        preset, dtype, batch, optimizer = [*name.split(":"), "adamw"][:4]
+        before = run.card()
+        command = [HERE / "bin/param-train", "--benchmark", run.args.training_steps, "--preset", preset, "--dtype", dtype, "--batch-size", batch,
+                   "--optimizer", optimizer, *run.device()]
+        step, stdout = run.command(f"train {name}", command, 60, save=False)
+        step["clocks"] = {"before": before, "after": run.card()}
+        try:
+            row = json.loads(stdout)
+            step["rows"] = [{**row, "test": f"train {row['batch']}x{row['context']}", "optimizer": optimizer}]
+            step["note"] = f"{row['tok/s']:.0f} tok/s, MFU {row['mfu']:.1%}, loss {row['loss']:.3f}"
+        except Exception as e:
+            if step["rc"] == 0:
+                step["rc"], step["error"] = None, f"its row: {e!r}: {stdout[-1000:]}"
+        run.add(step)
+
+
 # Where time goes, and what is wrong.
 
 METRICS = {
@@ -369,7 +421,7 @@ def sanitize(run):
     commands = []
     for line in (HERE / "tests.txt").read_text().splitlines():
         if line.startswith("param-cuda-"):
-            commands.append((line.split()[0], [HERE / "tests" / line.split()[0], *line.split()[1:], "--test-threads=1"]))
+            commands.append((line.strip(), [HERE / "tests" / line.split()[0], *line.split()[1:], "--test-threads=1"]))
     for case in sorted(path for path in (HERE / "golden").iterdir() if (path / "model.safetensors").exists()):
         gguf = run.work / f"golden-{case.name}.gguf"
         if not gguf.exists():
@@ -385,34 +437,46 @@ def sanitize(run):
 
 
 def peers(run):
+    limits = {name: PEERS[name] for name in run.args.peers.split(",")}
+    torch_steps(run, "peer", "bench_cuda.py", limits, ["--preset", HERE / f"presets/{run.args.preset}.toml"])
+
+
+def training_peers(run):
+    limits = {name: WAYS[name.split(":")[2]] for name in run.args.training_peers.split(",")}
+    torch_steps(run, "training peer", "bench_training_cuda.py", limits, ["--presets", HERE / "presets"])
+
+
+def noted(rows):
+    errors = [f"{row['test']} {row['error']}" for row in rows if "error" in row]
+    return ", ".join([f"{len(rows) - len(errors)} rows", *errors])
+
+
+def torch_steps(run, kind, script, limits, flags):
     """Steps in one process, since importing PyTorch takes seconds; another for the rest when one does not come back."""
-    args, rows_path = run.args, run.work / "peers.jsonl"
-    left = args.peers.split(",")
-    rows_path.unlink(missing_ok=True)
-    rows_path.touch()
-    flags = ["--device", "cpu", "-r", "1"] if args.device == "cpu" else []
-    errors = run.work / "peers.stderr"
+    args, rows_path, errors = run.args, run.work / "peers.jsonl", run.work / "peers.stderr"
+    left = list(limits)
+    flags = [*map(str, flags), *(["--device", "cpu", "-r", "1"] if args.device == "cpu" else [])]
     while left and run.left() > 10:
         n_known = 0
         rows_path.write_text("")
-        command = [sys.executable, "bench_cuda.py", *left, "--preset", str(HERE / "presets" / f"{args.preset}.toml"), "--out", str(rows_path), *flags]
+        command = [sys.executable, script, *left, "--out", str(rows_path), *flags]
         before, start = run.card(), time.monotonic()
         with open(errors, "w") as stderr:
             process = subprocess.Popen(command, cwd=HERE / "torch", stdout=stderr, stderr=stderr, start_new_session=True)
         failure = None
-        deadline = time.monotonic() + min(PEERS[left[0]] + 30, run.left())  # PyTorch's start is in the first one's limit
+        deadline = time.monotonic() + min(limits[left[0]] + 30, run.left())  # PyTorch's start is in the first one's limit
         while left:
             is_over = process.poll() is not None
             results = [json.loads(line) for line in rows_path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             for result in results[n_known:]:
                 n_known += 1
                 left.remove(result["step"])
-                step = {"name": f"peer {result['step']}", "command": told(command), "rc": 1 if "error" in result else 0,
-                        "note": f"{len(result['rows'])} rows", "clocks": {"before": before, "after": run.card()}, **result}
+                step = {"name": f"{kind} {result['step']}", "command": told(command), "rc": 1 if "error" in result else 0,
+                        "note": noted(result["rows"]), "clocks": {"before": before, "after": run.card()}, **result}
                 before, start = step["clocks"]["after"], time.monotonic()
                 run.add(step)
                 if left:
-                    deadline = time.monotonic() + min(PEERS[left[0]], run.left())
+                    deadline = time.monotonic() + min(limits[left[0]], run.left())
             if not left:
                 break
             if is_over:
@@ -422,7 +486,7 @@ def peers(run):
             if failure:
                 # A process that ends after recording a step leaves the next ones to another; one that ends within a step has failed it.
                 if not (is_over and n_known and process.returncode == 3):
-                    run.add({"name": f"peer {left[0]}", "command": told(command), **failure, "stderr": errors.read_text()[-3000:],
+                    run.add({"name": f"{kind} {left[0]}", "command": told(command), **failure, "stderr": errors.read_text()[-3000:],
                              "seconds": round(time.monotonic() - start, 1)})
                     left.pop(0)
                 break
@@ -433,25 +497,57 @@ def peers(run):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     for name in left:
-        run.add({"name": f"peer {name}", "rc": None, "skipped": "no time left"})
+        run.add({"name": f"{kind} {name}", "rc": None, "skipped": "no time left"})
 
 
 # The end.
 
 
+def training_table(rows):
+    """Tokens/s, the share of the card's peak that the operations a token needs are, and ours over PyTorch's best of the run."""
+    if not rows:
+        return
+    ours, best = {}, {}  # by model and type
+    for row in rows:
+        key, is_ours = (row["preset"], row["dtype"]), row["engine"] == "PARAM"
+        if is_ours:
+            ours.setdefault((*key, row["context"]), row)
+        elif "error" not in row:
+            best[key] = max(best.get(key, 0), row["tok/s"])
+    print(f"\n| {'model':<10} | {'engine':<38} | {'dtype':<5} | {'batch':<9} | {'tok/s':>13} | {'min':>10} | {'max':>10} | {'MFU':>6} | {'of PyTorch':>10} |")
+    print("|" + "|".join("-" * (n + 2) for n in (10, 38, 5, 9, 13, 10, 10, 6, 10)) + "|")
+    order = list(dict.fromkeys(row["preset"] for row in rows))
+    for row in sorted(rows, key=lambda row: (order.index(row["preset"]), row["engine"] != "PARAM", -row.get("tok/s", 0))):
+        is_ours, rate = row["engine"] == "PARAM", row.get("tok/s")
+        # What a token needs is the same for all; what one-hot products take beyond it counts for nothing.
+        like = row if is_ours else ours.get((row["preset"], row["dtype"], row["context"]))
+        mfu = f"{rate * like['operations_per_token'] / like['peak']:.1%}" if rate and like else ""
+        peer = best.get((row["preset"], row["dtype"])) if is_ours else None
+        ratio = f"{rate / peer:.2f} x" if peer else ""
+        engine = row["engine"] + (f", {row['optimizer']}" if row.get("optimizer", "adamw") != "adamw" else "")
+        shown = rate if rate else row["error"].split(":")[0]
+        print(f"| {row['preset']:<10} | {engine:<38} | {row['dtype']:<5} | {row['test'].removeprefix('train '):<9} | {shown:>13} "
+              f"| {row.get('min', ''):>10} | {row.get('max', ''):>10} | {mfu:>6} | {ratio:>10} |")
+    if "param-124m" in order:
+        print(f"llm.c's own figure for models of param-124m's kind, in bf16 on an H100: MFU {LLM_C}")
+
+
 def table(run):
     rows = [row for step in run.report["steps"] for row in step.get("rows", [])]
+    trained, rows = ([row for row in rows if row.get("test", "").startswith("train ") == is_trained] for is_trained in (True, False))
     ceilings = [row for row in rows if "tok/s" not in row]
     rates = sorted((row for row in rows if "tok/s" in row), key=lambda row: (row.get("n_gen", 0) == 0, row.get("sequences", 1), row.get("depth", 0)))
     card = run.report["card"]
     print(f"\n{card.get('name', '?')}, driver {card.get('driver_version', '?')}, built at {(run.report['built'] or {}).get('revision', '?')}")
     for row in ceilings:
         print("  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items() if k not in ("rows", "weights", "engine")))
-    print(f"\n| {'test':<16} | {'engine':<44} | {'weights':<8} | {'tok/s':>10} | {'min':>10} | {'max':>10} |")
-    print(f"|{'-' * 18}|{'-' * 46}|{'-' * 10}|{'-' * 12}|{'-' * 12}|{'-' * 12}|")
+    if rates:
+        print(f"\n| {'test':<16} | {'engine':<44} | {'weights':<8} | {'tok/s':>10} | {'min':>10} | {'max':>10} |")
+        print(f"|{'-' * 18}|{'-' * 46}|{'-' * 10}|{'-' * 12}|{'-' * 12}|{'-' * 12}|")
     for row in rates:
         engine = row.get("engine", "") + (f", {row['dispatch']}" if "dispatch" in row and row["dispatch"] != "capacity" else "")
         print(f"| {row['test']:<16} | {engine:<44} | {row.get('weights', ''):<8} | {row['tok/s']:>10} | {row.get('min', ''):>10} | {row.get('max', ''):>10} |")
+    training_table(trained)
     bad = [step["name"] for step in run.report["steps"] if step.get("rc") != 0]
     print(f"\n{len(run.report['steps'])} steps in {run.report['seconds']} s; " + (f"NOT OK: {', '.join(bad)}" if bad else "all ok"))
     print(run.path)
@@ -463,18 +559,24 @@ def main():
     run = Run(args)
     print(json.dumps({"card": run.report["card"], "versions": run.report["versions"]}, indent=1), flush=True)
     if "tests" in args.groups:
-        run.guarded("first run", lambda: first_run(run))
+        if not args.only_tests:
+            run.guarded("first run", lambda: first_run(run))
         run.guarded("test binaries", lambda: test_binaries(run))
-        run.guarded("golden", lambda: golden(run))
+        if not args.only_tests:
+            run.guarded("golden", lambda: golden(run))
     if "bench" in args.groups:
         run.guarded("bench", lambda: bench(run))
         run.guarded("agree", lambda: agree(run))
+    if "training" in args.groups:
+        run.guarded("training", lambda: training(run))
     if "profile" in args.groups:
         run.guarded("profile", lambda: profile(run))
     if "sanitize" in args.groups:
         run.guarded("sanitize", lambda: sanitize(run))
     if "peers" in args.groups:
         run.guarded("peers", lambda: peers(run))
+    if "training-peers" in args.groups:
+        run.guarded("training peers", lambda: training_peers(run))
     run.save()
     sys.exit(table(run))
 

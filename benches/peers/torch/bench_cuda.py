@@ -7,6 +7,7 @@ does on a GPU; "read back" waits for each token on the host as well, as someone 
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -26,15 +27,55 @@ N_GEN, N_PROMPT = 128, 512
 NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
-class Bench:
+class Steps:
+    """Rows, measured step by step."""
+
     def __init__(self, args):
-        self.device, self.dtype, self.repetitions = args.device, getattr(torch, args.dtype), args.repetitions
-        self.preset = args.preset
+        self.device, self.repetitions = args.device, args.repetitions
         self.on_gpu = args.device == "cuda"
+        self.rows = []
+
+    def sync(self):
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def step(self, name):
+        """Adds the rows of a step."""
+        getattr(self, name)()
+
+    def run(self, names, out, budget=math.inf):
+        """Writes a line for each step, those that would begin after `budget` seconds as skipped. Returns an exit status."""
+        failed, begin = 0, time.perf_counter()
+        for name in names:
+            self.rows, start, ended = [], time.perf_counter(), {}
+            if start - begin > budget:
+                ended["skipped"] = "no time left"
+            else:
+                try:
+                    if self.on_gpu:
+                        torch.cuda.reset_peak_memory_stats()
+                    self.step(name)
+                    self.sync()
+                except Exception:
+                    ended["error"] = traceback.format_exc()[-3000:]
+                    print(ended["error"], file=sys.stderr)
+                    failed += 1
+            result = {"step": name, "seconds": round(time.perf_counter() - start, 2), "rows": self.rows, **ended}
+            with open(out, "a") if out else open(1, "w", closefd=False) as file:
+                print(json.dumps(result), file=file, flush=True)
+            if any(word in ended.get("error", "") for word in ("CUDA error", "CUDNN")):
+                # Nothing works in a process after it: whoever runs this starts another for the rest.
+                return 3
+        return 1 if failed else 0
+
+
+class Bench(Steps):
+    def __init__(self, args):
+        super().__init__(args)
+        self.dtype, self.preset = getattr(torch, args.dtype), args.preset
         self.config = Config.load(args.preset)
         self.config.dropout_rate = 0.0
         self.models = {}
-        self.rows = []
 
     def param(self, dtype, dispatch="gather"):
         torch.manual_seed(0)
@@ -58,10 +99,6 @@ class Bench:
             for block in model.blocks:
                 block.compile(dynamic=False, fullgraph=True)
         return model
-
-    def sync(self):
-        if self.on_gpu:
-            torch.cuda.synchronize()
 
     def seconds(self, run, repetitions=None):
         run()
@@ -299,14 +336,20 @@ STEPS = ["ceilings", "check", "decode_graph", "prefill_eager", "prefill_graph", 
          "decode_blocks", "batch_blocks", "prefill_blocks", "decode_compiled", "batch_compiled"]
 
 
+def arguments(doc, repetitions):
+    """A parser of the flags that every script of steps has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: only to try this script")
+    parser.add_argument("--out", type=Path, help="file to append to [default: standard output]")
+    parser.add_argument("-r", "--repetitions", type=int, default=repetitions, help="[default: %(default)s]")
+    return parser
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, repetitions=5)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)} [default: all]")
     parser.add_argument("--preset", type=Path, required=True, metavar="FILE.toml", help="the model's hyperparameters")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: only to try this script")
-    parser.add_argument("--out", type=Path, help="file to append to [default: standard output]")
-    parser.add_argument("-r", "--repetitions", type=int, default=5)
     args = parser.parse_args()
     unknown = set(args.steps) - set(STEPS)
     if unknown:
@@ -315,28 +358,8 @@ def main():
     torch._inductor.config.coordinate_descent_tuning = args.device == "cuda"
     # A block is compiled anew for each batch and dispatch.
     torch._dynamo.config.recompile_limit = 64
-    bench, failed = Bench(args), 0
-    for step in args.steps or STEPS:
-        bench.rows, start, error = [], time.perf_counter(), None
-        try:
-            with torch.inference_mode():
-                if bench.on_gpu:
-                    torch.cuda.reset_peak_memory_stats()
-                getattr(bench, step)()
-                bench.sync()
-        except Exception:
-            error = traceback.format_exc()[-3000:]
-            print(error, file=sys.stderr)
-            failed += 1
-        result = {"step": step, "seconds": round(time.perf_counter() - start, 2), "rows": bench.rows}
-        if error:
-            result["error"] = error
-        with open(args.out, "a") if args.out else open(1, "w", closefd=False) as out:
-            print(json.dumps(result), file=out, flush=True)
-        if error and ("CUDA error" in error or "CUDNN" in error):
-            # Nothing works in a process after it: whoever runs this starts another for the rest.
-            sys.exit(3)
-    sys.exit(1 if failed else 0)
+    with torch.inference_mode():
+        sys.exit(Bench(args).run(args.steps or STEPS, args.out))
 
 
 if __name__ == "__main__":

@@ -45,23 +45,24 @@ def training(case):
         if "steps" not in variant:
             continue
         arrays = {key: torch.from_numpy(value) for key, value in np.load(case / f"train_{name}_io.npz").items()}
-        model = Param.load(case, "capacity" if name.startswith("cap") else "gather").train()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-            if hasattr(module, "dropout") and isinstance(module.dropout, float):
-                module.dropout = 0.0
-        given = iter([value.flatten(0, 1) for key, value in arrays.items() if key.startswith("noise")])
-        noise = (lambda *shape: next(given)) if name == "noise" else None
-        loss = model.loss(arrays["input_ids"].long(), arrays.get("attention_mask"), noise)
-        loss.backward()
-        want = variant["steps"][0]["total"]
-        expect(f"{name} loss, relative", loss.item() / want, 1.0, 1e-5)
-        grads = {key: parameter.grad for key, parameter in model.named_parameters()}
-        norms = {key: grad.norm().item() for key, grad in grads.items() if grad is not None}
-        wants = {key: value["grad"]["l2"] for key, value in variant["tensors"].items()}
-        errors = [norms[key] / wants[key] for key in norms if wants.get(key, 0) > 1e-6]
-        expect(f"{name} norms of {len(errors)} gradients, relative", errors, 1.0, 1e-4)
+        for dispatch in ["capacity"] if name.startswith("cap") else ["gather", "grouped"]:
+            model = Param.load(case, dispatch).train()
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+                if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                    module.dropout = 0.0
+            given = iter([value.flatten(0, 1) for key, value in arrays.items() if key.startswith("noise")])
+            noise = (lambda *shape: next(given)) if name == "noise" else None
+            loss = model.loss(arrays["input_ids"].long(), arrays.get("attention_mask"), noise)
+            loss.backward()
+            want = variant["steps"][0]["total"]
+            expect(f"{name} loss, {dispatch}, relative", loss.item() / want, 1.0, 1e-5)
+            grads = {key: parameter.grad for key, parameter in model.named_parameters()}
+            norms = {key: grad.norm().item() for key, grad in grads.items() if grad is not None}
+            wants = {key: value["grad"]["l2"] for key, value in variant["tensors"].items()}
+            errors = [norms[key] / wants[key] for key in norms if wants.get(key, 0) > 1e-6]
+            expect(f"{name} norms of {len(errors)} gradients, {dispatch}, relative", errors, 1.0, 1e-4)
 
 
 for case in sorted(path for path in GOLDEN.iterdir() if path.is_dir() and (path / "eval.npz").exists()):

@@ -1,7 +1,8 @@
 """The PARAM model in PyTorch: modules and parameters under the names of its checkpoints (reference/MODEL.md of the design).
 
 Deterministic unless asked for noise. `dispatch` says how tokens reach experts: "gather" (nothing is dropped; what anyone
-would write for speed) or "capacity" (the reference's one-hot dispatch with its capacity rule).
+would write for speed), "grouped" (the same with grouped_mm, without waiting for the host) or "capacity" (the reference's one-hot
+dispatch with its capacity rule).
 """
 
 import json
@@ -148,6 +149,17 @@ class Experts(nn.Module):
                 results.append(self.dropout(self.activation(x @ fc + fc_bias) @ proj + proj_bias))
         return torch.cat(results)
 
+    def grouped(self, x, one_hot):
+        """Each expert on its own rows of x [n, d], which are in the experts' order: one_hot [n, E]."""
+        # Autocast does not know grouped_mm. Biases by a product, whose gradient is one too.
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        ends, one_hot = one_hot.sum(0).cumsum(0).to(torch.int32), one_hot.to(dtype)
+        y = F.grouped_mm(x.to(dtype), self.c_fc.to(dtype), offs=ends)
+        y = self.activation(y + one_hot @ self.fc_bias.squeeze(1) if self.has_bias else y)
+        y = F.grouped_mm(y, self.c_proj.to(dtype), offs=ends)
+        return self.dropout(y + one_hot @ self.proj_bias.squeeze(1) if self.has_bias else y)
+
 
 class MoE(nn.Module):
     def __init__(self, config):
@@ -159,8 +171,7 @@ class MoE(nn.Module):
     def forward(self, x, dispatch="gather", noise=None):  # [B, T, d]
         flat = x.reshape(-1, x.shape[-1])  # [N, d]
         self.logits, self.chosen, weights = self.router(flat, noise)
-        apply = self.gather if dispatch == "gather" else self.capacity
-        return apply(flat, self.chosen, weights).view_as(x)
+        return getattr(self, dispatch)(flat, self.chosen, weights).view_as(x)
 
     def gather(self, x, chosen, weights):
         """Each expert on the rows that chose it, which are brought together by sorting."""
@@ -169,6 +180,15 @@ class MoE(nn.Module):
         counts = expert_of.bincount(minlength=self.config.num_experts).tolist()
         rows = order // self.config.top_k
         y = self.experts.each(x[rows].split(counts))  # [N k, d]
+        y = y * weights.flatten()[order].unsqueeze(1).to(y.dtype)
+        return torch.zeros_like(x).index_add(0, rows, y.to(x.dtype))
+
+    def grouped(self, x, chosen, weights):
+        """As `gather`, with sizes that never leave the device."""
+        expert_of, order = chosen.flatten().sort(stable=True)  # [N k]
+        one_hot = F.one_hot(expert_of, self.config.num_experts)  # [N k, E]
+        rows = order // self.config.top_k
+        y = self.experts.grouped(x.index_select(0, rows), one_hot)  # [N k, d]
         y = y * weights.flatten()[order].unsqueeze(1).to(y.dtype)
         return torch.zeros_like(x).index_add(0, rows, y.to(x.dtype))
 
@@ -270,8 +290,12 @@ class Param(nn.Module):
         targets = ids[:, 1:] if attention_mask is None else ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
         # The last position has no target: ignored, since cutting it off would copy all logits.
         targets = F.pad(targets, (0, 1), value=-100)
-        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))
-        return loss + self.router_loss()
+        return self.cross_entropy(logits, targets) + self.router_loss()
+
+    @staticmethod
+    def cross_entropy(logits, targets):
+        """Of logits [B, T, V] and targets [B, T], -100 for none."""
+        return F.cross_entropy(logits.view(-1, logits.shape[-1]).float(), targets.reshape(-1))
 
     def router_loss(self):
         """The weighted losses of all routers in the last forward pass."""
