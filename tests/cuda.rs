@@ -23,7 +23,7 @@ fn on_gpu(gguf: &Path, options: ModelOptions) -> Arc<Model> {
 }
 
 /// A command for which there is a GPU, which `simulate` says more of where it is emulated.
-fn with_gpu(mut command: Command, simulate: &str) -> Command {
+pub fn with_gpu(mut command: Command, simulate: &str) -> Command {
     if !is_real() {
         command.env("LD_LIBRARY_PATH", param_cuda_emulation::folder()).env("PARAM_EMULATED_CUDA", simulate);
     }

@@ -2,6 +2,7 @@
 
 mod command;
 mod cuda;
+mod cuda_training;
 mod fixture;
 mod golden;
 mod hostile;

@@ -1,6 +1,12 @@
 //! Several data sets trained on together, and tokens made ahead of training.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use parquet::data_type::ByteArrayType;
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::parser::parse_message_type;
+use serde_json::Value;
 
 use super::resuming::{assert_same_end, cut_back, documents};
 use crate::command::{failure_of, output_of, outputs_of, param_train};
@@ -93,4 +99,41 @@ fn tokens_made_ahead_are_those_of_the_run() {
     command.arg("--tokenizer").arg(&tokenizer).args(crate::fixture::tiny()).arg("--steps=1");
     let (_, log) = outputs_of(command.arg("--data").arg(&data).arg("--out").arg(&run));
     assert!(log.contains("reused: 1 files"), "{log}");
+}
+
+/// The texts of a file of JSON lines as a column of a Parquet file, in two row groups.
+fn table(lines: &Path, column: &str) -> PathBuf {
+    let text = std::fs::read_to_string(lines).unwrap();
+    let texts =
+        text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["text"].as_str().unwrap().to_owned());
+    let texts = texts.collect::<Vec<_>>();
+    let schema = Arc::new(parse_message_type(&format!("message rows {{ required binary {column} (UTF8); }}")).unwrap());
+    let path = lines.with_extension("parquet");
+    let mut writer = SerializedFileWriter::new(std::fs::File::create(&path).unwrap(), schema, Arc::default()).unwrap();
+    for texts in texts.chunks(texts.len().div_ceil(2)) {
+        let values = texts.iter().map(|text| text.as_str().into()).collect::<Vec<_>>();
+        let mut group = writer.next_row_group().unwrap();
+        let mut column = group.next_column().unwrap().unwrap();
+        column.typed::<ByteArrayType>().write_batch(&values, None, None).unwrap();
+        column.close().unwrap();
+        group.close().unwrap();
+    }
+    writer.close().unwrap();
+    path
+}
+
+#[test]
+fn a_table_trains_as_lines_of_the_same_documents_do() {
+    let folder = tempfile::tempdir().unwrap();
+    let lines = documents(folder.path());
+    let table = table(&lines, "body");
+    let losses = |data: &Path, run: &str, flags: &[&str]| {
+        let out = folder.path().join(run);
+        output_of(train(data, &out, &["--steps=3"]).args(flags));
+        records(&out, "loss").iter().map(|record| record["loss"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    let (of_lines, of_table) = (losses(&lines, "lines", &[]), losses(&table, "table", &["--text-field", "body"]));
+    assert_eq!((of_lines.len(), of_lines), (3, of_table));
+    let said = failure_of(&mut train(&table, &folder.path().join("none"), &["--steps=3"]), 1);
+    assert!(said.contains("documents.parquet") && said.contains("`text`"), "{said}");
 }

@@ -18,7 +18,7 @@ pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
     let settings = flags.settings(&config, steps)?;
     let device = device::choose(flags, &config, &settings)?;
     let settings = Settings { batch_size: device::batch_size(flags, &device, &config, &settings)?, ..settings };
-    let result = benchmark(&config, &settings, &device, steps)?;
+    let result = benchmark(&config, &settings, &device, steps, flags.profile)?;
     let mut sorted = result.tokens_per_s.clone();
     sorted.sort_by(f64::total_cmp);
     let median = (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0;

@@ -4,14 +4,17 @@ use anyhow::{Result, bail};
 use indicatif::HumanBytes;
 use param::cli::Usage;
 use param::device::DeviceArg;
+use param_kernels::{Arithmetic, Team, arithmetic_peak};
 use param_model::Config;
-use param_train::settings::Settings;
+use param_train::settings::{Dtype, Settings};
 use param_train::{Device, cuda};
 
 use crate::args::{BatchSize, Flags};
 
 /// Part of the free memory that a run may plan for: the driver takes some for itself.
 const PLANNED: f64 = 0.92;
+/// Part of the speed in f32 below which bf16, which moves half the bytes, is still the slower.
+const SLOWER: f64 = 0.8;
 
 /// What the flags say, which can train `config` under `settings`.
 ///
@@ -32,6 +35,16 @@ pub fn choose(flags: &Flags, config: &Config, settings: &Settings) -> Result<Dev
         },
     };
     device.check(config, settings)?;
+    if let (Device::Cpu { n_thread }, Dtype::Bf16) = (&device, settings.dtype) {
+        let team = &mut Team::new(*n_thread);
+        let [bf16, f32] = [Arithmetic::Bf16, Arithmetic::F32].map(|arithmetic| arithmetic_peak(team, arithmetic));
+        if bf16 < SLOWER * f32 {
+            let [bf16, f32] = [bf16, f32].map(|peak| peak / 1e9);
+            eprintln!(
+                "this processor multiplies f32 at {f32:.0} GFLOP/s and bf16 at {bf16:.0}: --dtype f32 is faster here"
+            );
+        }
+    }
     Ok(device)
 }
 

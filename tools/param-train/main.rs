@@ -143,6 +143,9 @@ fn train(flags: &Flags, out: &Path, stop: &AtomicBool) -> Result<ExitCode> {
     if flags.no_report {
         trainer = trainer.without_report();
     }
+    if flags.profile {
+        trainer.start_profile();
+    }
     let first_step = trainer.state().step;
     let mut report = Report::new(trainer.state(), flags.log_every);
     let outcome = trainer.run(stop, &mut |event| report.show(event));

@@ -17,8 +17,11 @@ const SPIN: Duration = Duration::from_micros(50);
 
 /// How much longer than the caller's own part of a step a worker may take before it counts as not running: beyond any task.
 const LATE: Duration = Duration::from_micros(300);
-/// Steps that a worker which was not running sits out, at first and at most: each time it is late again, twice as many.
-const SIT_OUT: Range<u64> = 64..8192;
+/// Time for which a worker that was not running sits out steps, at first and at most: each time it is late again, twice as long. No more
+/// than some of a scheduler's time slices, since a thread that wakes for a moment makes a worker late as well as one that stays.
+const SIT_OUT: Range<Duration> = Duration::from_millis(2)..Duration::from_millis(64);
+/// The longest that steps are taken to be apart: what is longer is a pause of the caller's.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// CPUs this process may run on: the sensible size of a [`Team`].
 pub fn available_threads() -> usize {
@@ -73,8 +76,18 @@ unsafe impl Send for Shared {}
 pub struct Team {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    /// Steps that each worker sat out when it was last late.
-    sat_out: Vec<u64>, // [n_thread - 1]
+    /// What each worker sat out when it was last late.
+    rests: Vec<Rest>, // [n_thread - 1]
+    /// When the last step began, and the mean time from one to the next.
+    last: Option<Instant>,
+    pace: Duration,
+}
+
+/// What a late worker sits out.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Rest {
+    time: Duration,
+    n_step: u64,
 }
 
 impl Team {
@@ -96,7 +109,7 @@ impl Team {
             std::thread::Builder::new().name(format!("team-{rank}")).spawn(move || work(&shared, rank))
         };
         let workers = (1..n_thread).map_while(|rank| start(rank).ok()).collect();
-        Team { shared, workers, sat_out: vec![0; n_thread - 1] }
+        Team { shared, workers, rests: vec![Rest::default(); n_thread - 1], last: None, pace: Duration::ZERO }
     }
 
     /// Threads in the team, the caller included.
@@ -236,6 +249,10 @@ impl Team {
             }
         }
         let start = Instant::now();
+        if let Some(last) = self.last.replace(start) {
+            let apart = (start - last).min(PAUSE);
+            self.pace = if self.pace.is_zero() { apart } else { (self.pace * 7 + apart) / 8 };
+        }
         let result = catch_unwind(AssertUnwindSafe(|| job(0)));
         shared.state.fetch_and(!OPEN, Ordering::AcqRel);
         let late = start.elapsed() * 2 + LATE;
@@ -245,7 +262,7 @@ impl Team {
             if !idle.spin() {
                 std::thread::yield_now();
                 if start.elapsed() > late {
-                    sit_out(&shared.records, &mut self.sat_out, step);
+                    sit_out(&shared.records, &mut self.rests, step, self.pace);
                 }
             }
         }
@@ -256,17 +273,19 @@ impl Team {
     }
 }
 
-/// Keeps the workers still inside step `step` out of the next ones.
-fn sit_out(records: &[Record], sat_out: &mut [u64], step: u64) {
-    for (record, sat_out) in records.iter().zip(sat_out) {
+/// Keeps the workers still inside step `step` out of the next ones, which are `pace` apart.
+fn sit_out(records: &[Record], rests: &mut [Rest], step: u64, pace: Duration) {
+    for (record, rest) in records.iter().zip(rests) {
         let from = record.from.load(Ordering::Relaxed);
         if from > step || !record.inside.load(Ordering::Relaxed) {
             continue;
         }
         // Late again soon after it came back: the CPU is not ours for longer.
-        let is_again = step - from < 4 * *sat_out;
-        *sat_out = if is_again { (2 * *sat_out).min(SIT_OUT.end) } else { SIT_OUT.start };
-        record.from.store(step + *sat_out, Ordering::Relaxed);
+        let is_again = step - from < 4 * rest.n_step;
+        rest.time = if is_again { (2 * rest.time).min(SIT_OUT.end) } else { SIT_OUT.start };
+        let n_step = rest.time.as_nanos().checked_div(pace.as_nanos()).unwrap_or(1);
+        rest.n_step = n_step.max(1) as u64;
+        record.from.store(step + rest.n_step, Ordering::Relaxed);
     }
 }
 
@@ -516,24 +535,31 @@ mod tests {
     fn a_late_worker_sits_out_and_longer_if_it_is_late_again() {
         let records = [Record::default(), Record::default()];
         records[1].inside.store(true, Ordering::Relaxed);
-        let mut sat_out = [0; 2];
+        let mut rests = [Rest::default(); 2];
         let from = |i: usize| records[i].from.load(Ordering::Relaxed);
-        sit_out(&records, &mut sat_out, 10);
-        assert_eq!((sat_out, from(0), from(1)), ([0, SIT_OUT.start], 0, 10 + SIT_OUT.start));
+        let pace = SIT_OUT.start / 8;
+        let rest = |times: u32| Rest { time: times * SIT_OUT.start, n_step: 8 * u64::from(times) };
+        sit_out(&records, &mut rests, 10, pace);
+        assert_eq!((rests, from(0), from(1)), ([Rest::default(), rest(1)], 0, 10 + 8));
         // Noticed twice in one step, it is late once.
-        sit_out(&records, &mut sat_out, 10);
-        assert_eq!(sat_out[1], SIT_OUT.start);
+        sit_out(&records, &mut rests, 10, pace);
+        assert_eq!(rests[1], rest(1));
         let again = from(1) + 5;
-        sit_out(&records, &mut sat_out, again);
-        assert_eq!((sat_out[1], from(1)), (2 * SIT_OUT.start, again + 2 * SIT_OUT.start));
+        sit_out(&records, &mut rests, again, pace);
+        assert_eq!((rests[1], from(1)), (rest(2), again + 16));
         // After many steps in time it counts as the first time again.
         let later = from(1) + 1000;
-        sit_out(&records, &mut sat_out, later);
-        assert_eq!(sat_out[1], SIT_OUT.start);
+        sit_out(&records, &mut rests, later, pace);
+        assert_eq!(rests[1], rest(1));
         for _ in 0..20 {
-            sit_out(&records, &mut sat_out, from(1));
+            sit_out(&records, &mut rests, from(1), pace);
         }
-        assert_eq!(sat_out[1], SIT_OUT.end);
+        assert_eq!(rests[1].time, SIT_OUT.end);
+        // Long steps: one, and not a minute of them.
+        sit_out(&records, &mut rests, from(1), Duration::from_secs(1));
+        assert_eq!(rests[1].n_step, 1);
+        sit_out(&records, &mut rests, from(1), Duration::ZERO);
+        assert_eq!(rests[1].n_step, 1);
     }
 
     #[test]

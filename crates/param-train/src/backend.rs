@@ -72,6 +72,9 @@ pub trait Learn: Evaluate {
     /// Operations a second that matrix products under `settings` could reach at best; 0 where that is not known.
     fn peak(&mut self, settings: &Settings) -> f64;
 
+    /// Times the parts of steps from now on, where that is not done anyway because it costs something.
+    fn start_profile(&mut self) {}
+
     /// Where the time went.
     fn profile(&mut self) -> &mut Profile;
 }

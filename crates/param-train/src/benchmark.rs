@@ -33,13 +33,22 @@ pub struct Benchmark {
     pub spent: Vec<Spent>,
 }
 
-/// Measures `steps` optimizer steps of a new model under `settings`.
+/// Measures `steps` optimizer steps of a new model under `settings`, and their parts even where that costs something if `profile`.
 ///
 /// # Errors
 /// Settings that do not fit the model, or a loss that is not finite.
-pub fn benchmark(config: &Config, settings: &Settings, device: &Device, steps: u64) -> Result<Benchmark, Error> {
+pub fn benchmark(
+    config: &Config,
+    settings: &Settings,
+    device: &Device,
+    steps: u64,
+    profile: bool,
+) -> Result<Benchmark, Error> {
     settings.check(config)?;
     let mut learner = Learner::new(config, settings, device, initialise(config, settings.seed))?;
+    if profile {
+        learner.model.start_profile();
+    }
     let mut rng = stream(settings.seed, STREAM);
     let mut batch = || {
         let n = settings.batch_size * settings.context;

@@ -184,6 +184,11 @@ impl Trainer {
         self.learner.model.config()
     }
 
+    /// Times the parts of steps from now on, where that costs something.
+    pub fn start_profile(&mut self) {
+        self.learner.model.start_profile();
+    }
+
     /// Time and operations of each part of the steps since the start, with what lies between them.
     pub fn profile(&mut self) -> &Profile {
         self.learner.model.profile()

@@ -31,10 +31,6 @@ pub struct Plan {
     pub trains: bool,
     /// Keeps of each block only its input, and computes the rest again in the backward pass.
     pub recompute: bool,
-    /// Whether padding may be marked, and whether documents may be kept from those before them.
-    pub has_mask: bool,
-    /// As above.
-    pub has_first: bool,
 }
 
 impl Plan {
@@ -165,12 +161,12 @@ pub(super) struct Experts {
 /// A batch as it was uploaded.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Input {
-    pub ids: Span<u32>,           // [n_token]
-    pub targets: Span<i32>,       // [n_token]
-    pub mask: Option<Span<u8>>,   // [n_token]
-    pub first: Option<Span<u32>>, // [n_token]
-    pub normal: Span<f32>,        // [n_moe, n_token, n_expert]
-    pub order: Span<u32>,         // [n_token], rows by id
+    pub ids: Span<u32>,     // [n_token]
+    pub targets: Span<i32>, // [n_token]
+    pub mask: Span<u8>,     // [n_token]
+    pub first: Span<u32>,   // [n_token]
+    pub normal: Span<f32>,  // [n_moe, n_token, n_expert]
+    pub order: Span<u32>,   // [n_token], rows by id
 }
 
 /// What only a backward pass needs.
@@ -291,8 +287,8 @@ impl Layout {
         let input = Input {
             ids: bump.span(n_token),
             targets: bump.span(n_token),
-            mask: plan.has_mask.then(|| bump.span(n_token)),
-            first: plan.has_first.then(|| bump.span(n_token)),
+            mask: bump.span(n_token),
+            first: bump.span(n_token),
             normal: bump.span(if model.has_noise() && plan.trains { n_moe * n_token * model.n_expert } else { 0 }),
             order: bump.span(n_token),
         };

@@ -1,28 +1,31 @@
 //! A model on the GPU, with its gradients and moments: what is queued for a step, forward and backward. Nothing waits for the GPU but
 //! [`Learner::reports`] and what reads.
 
+mod pass;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::adamw::{AdamW, Chunks, Flat, Stretch};
-use super::attention::{Attention, AttentionInputs};
+use super::attention::Attention;
 use super::column_sums::ColumnSums;
 use super::convert::Convert;
 use super::cross_entropy::CrossEntropy;
 use super::dispatch::Dispatch;
-use super::dropout::{Dropout, Dropped};
+use super::dropout::Dropout;
 use super::embedding::Embedding;
 use super::experts::Experts;
-use super::layout::{self, Backward, KeptFfn, Layout, MatrixSpan, Plan, Span, Statistics};
-use super::model::{BlockPlaces, FfnPlaces, Model, NormPlaces, Place};
+use super::layout::{Layout, Plan};
+use super::model::{FfnPlaces, Model, Place};
 use super::muon::{Muon, MuonMatrix, MuonState};
-use super::norm::{Norm, Scores};
+use super::norm::Norm;
 use super::numbers::{Numbers, Outcome};
 use super::product::{Factor, Groups, Products, Write};
-use super::router::{Gathered, Noise, Router, RouterLosses, Scorer};
-use super::routing::{Queues, Routed, RoutingShape};
+use super::profile::{Marks, Part, PartSpent};
+use super::router::Router;
+use super::routing::RoutingShape;
 use super::staging::{Report, Staging};
-use super::view::{Rows, View};
+use super::view::Element;
 use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::memory::{Buffer, Pinned};
@@ -169,14 +172,16 @@ pub struct Learner {
     params: Buffer<f32>,       // [n_param]
     bf16: Option<Buffer<u16>>, // the same in bf16, where products read that
     training: Option<Training>,
-    /// Of the forward pass, and of the step.
-    numbers: [Buffer<Numbers>; 2],
+    /// Of the forward pass, of the step, and those with which gradients are measured and not clipped.
+    numbers: [Buffer<Numbers>; 3],
     outcome: Buffer<Outcome>,
     staging: Staging,
     step_numbers: Pinned<Numbers>,
     step_outcome: Pinned<Outcome>,
     /// Until when `step_numbers` is read.
     step_numbers_read: Option<Event>,
+    /// While the parts of steps are timed.
+    marks: Option<Marks>,
 }
 
 /// Refuses sizes that kernels do not take.
@@ -194,8 +199,8 @@ pub fn check(model: &ModelSizes) -> Result<()> {
     }
     if !Attention::takes(element, head_dim) {
         let expected = match element {
-            super::view::Element::F32 => "up to 128 that is a multiple of 4",
-            super::view::Element::Bf16 => "up to 128 that is a multiple of 8",
+            Element::F32 => "up to 128 that is a multiple of 4",
+            Element::Bf16 => "up to 128 that is a multiple of 8",
         };
         return Err(Error::Unfit { what: "a head width", expected, value: head_dim });
     }
@@ -210,7 +215,7 @@ pub struct ModelSizes {
     pub head_dim: usize,
     pub n_expert: usize,
     pub n_used: usize,
-    pub element: super::view::Element,
+    pub element: Element,
 }
 
 /// Elements of the f32 scratch memory of sums in two stages.
@@ -261,7 +266,7 @@ impl MemoryPlan {
     pub fn new(model: &Model, plan: &Plan, optimizer: &Optimizer) -> Self {
         let layout = layout_of(model, plan);
         let f32s = |n: usize| 4 * n as u64;
-        let is_narrow = plan.element() == super::view::Element::Bf16;
+        let is_narrow = plan.element() == Element::Bf16;
         let n = model.n_param;
         Self {
             parameters: f32s(n) + if is_narrow { 2 * n as u64 } else { 0 },
@@ -338,16 +343,24 @@ impl Learner {
             arena: gpu.alloc("activations and working memory", layout.n_byte)?,
             params: gpu.upload("parameters", params)?,
             bf16: match element {
-                super::view::Element::Bf16 => Some(gpu.alloc("parameters in bf16", n)?),
-                super::view::Element::F32 => None,
+                Element::Bf16 => Some(gpu.alloc("parameters in bf16", n)?),
+                Element::F32 => None,
             },
             training,
-            numbers: [gpu.alloc("numbers of a pass", 1)?, gpu.alloc("numbers of a step", 1)?],
+            numbers: [
+                gpu.alloc("numbers of a pass", 1)?,
+                gpu.alloc("numbers of a step", 1)?,
+                gpu.upload(
+                    "numbers without clipping",
+                    &[Numbers { clip: f32::INFINITY, most_scale: 1.0, ..Numbers::default() }],
+                )?,
+            ],
             outcome: gpu.alloc("outcome of a step", 1)?,
             staging: Staging::new(gpu, &model, &plan)?,
             step_numbers: gpu.pinned("numbers of a step", 1)?,
             step_outcome: gpu.pinned("outcome of a step", 1)?,
             step_numbers_read: None,
+            marks: None,
             gpu: Arc::clone(gpu),
             model,
             plan,
@@ -466,6 +479,9 @@ impl Learner {
 
     /// Queues what a pass is, out of a recording if there is one.
     fn play(&mut self, pass: Pass) -> Result<()> {
+        if self.marks.is_some() {
+            return self.forward_and_backward(&self.stream, pass);
+        }
         if !self.passes.contains_key(&pass) {
             let graph = self.stream.capture(|stream| self.forward_and_backward(stream, pass))?;
             self.passes.insert(pass, graph);
@@ -479,31 +495,20 @@ impl Learner {
     /// # Errors
     /// The driver's.
     pub fn measure(&mut self) -> Result<()> {
-        self.write_step_numbers(Numbers { clip: f32::INFINITY, most_scale: 1.0, ..Numbers::default() })?;
+        self.mark(&self.stream, Part::Optimizer)?;
         let training = self.of_training();
         let adamw = &self.operations.adamw;
         adamw.zero(&self.stream, training.grads.view(), &training.frozen)?;
         adamw.sum_of_squares(&self.stream, training.grads.view(), training.parts.view())?;
-        self.clip(&self.stream)?;
+        self.clip(&self.stream, &self.numbers[2])?;
         // SAFETY: both are this learner's, and the outcome is read after the stream was waited for.
         unsafe { self.stream.read_later(self.outcome.view(), &mut self.step_outcome) }
     }
 
-    fn clip(&self, stream: &Stream) -> Result<()> {
+    fn clip(&self, stream: &Stream, numbers: &Buffer<Numbers>) -> Result<()> {
         let ce_sum = self.layout.sums.view(&self.arena, 1);
-        let (numbers, outcome) = (self.numbers[1].view(), self.outcome.view());
+        let (numbers, outcome) = (numbers.view(), self.outcome.view());
         self.operations.adamw.clip(stream, numbers, outcome, ce_sum, self.of_training().parts.view())
-    }
-
-    fn write_step_numbers(&mut self, numbers: Numbers) -> Result<()> {
-        if let Some(read) = self.step_numbers_read.take() {
-            read.synchronize()?;
-        }
-        self.step_numbers.set(0, numbers);
-        // SAFETY: both are this learner's, and the numbers are left alone until the event after it has passed.
-        unsafe { self.stream.write_later(&self.step_numbers, self.numbers[1].view())? };
-        self.step_numbers_read = Some(Event::record(&self.stream)?);
-        Ok(())
     }
 
     /// Queues the optimizers' step. Of `numbers` those of a step count. Where losses or gradients are not finite, or `most_scale` is 0,
@@ -512,7 +517,19 @@ impl Learner {
     /// # Errors
     /// The driver's.
     pub fn update(&mut self, numbers: Numbers) -> Result<()> {
-        self.write_step_numbers(numbers)?;
+        // Those of the step before, whose reports have been waited for as a rule.
+        if let Some(read) = self.step_numbers_read.take() {
+            read.synchronize()?;
+        }
+        self.step_numbers.set(0, numbers);
+        // SAFETY: both are this learner's, and the numbers are left alone until the event after it has passed.
+        unsafe { self.stream.write_later(&self.step_numbers, self.numbers[1].view())? };
+        self.step_numbers_read = Some(Event::record(&self.stream)?);
+        if self.marks.is_some() {
+            self.mark(&self.stream, Part::Optimizer)?;
+            self.optimize(&self.stream)?;
+            return self.mark(&self.stream, Part::Other);
+        }
         if self.update.is_none() {
             self.update = Some(self.stream.capture(|stream| self.optimize(stream))?);
         }
@@ -524,7 +541,7 @@ impl Learner {
     fn optimize(&self, stream: &Stream) -> Result<()> {
         let Training { optimizer, grads, sums, first, second, chunks, muon_scratch, matrices, .. } = self.of_training();
         let (numbers, outcome) = (self.numbers[1].view(), self.outcome.view());
-        self.clip(stream)?;
+        self.clip(stream, &self.numbers[1])?;
         let flat = Flat {
             params: self.params.view(),
             grads: grads.view(),
@@ -557,6 +574,23 @@ impl Learner {
         let biases = biases.collect::<Vec<_>>();
         let loads = self.layout.step_counts.view(&self.arena, biases.len() * self.model.n_expert);
         self.operations.adamw.balance(stream, loads, &biases, self.model.n_expert, optimizer.bias_rate, outcome)
+    }
+
+    /// Times the parts of steps from now on: without graphs, and so a little slower.
+    pub fn start_profile(&mut self) {
+        self.marks = Some(Marks::default());
+    }
+
+    /// What the parts of steps took since the last call, in order; nothing where they are not timed.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub fn spent(&self) -> Result<Vec<PartSpent>> {
+        self.marks.as_ref().map_or(Ok(Vec::new()), Marks::spent)
+    }
+
+    fn mark(&self, stream: &Stream, part: Part) -> Result<()> {
+        self.marks.as_ref().map_or(Ok(()), |marks| marks.begin(stream, part))
     }
 
     /// Waits for the step; what it came to batch by batch, and the norm of its gradients.
@@ -609,486 +643,5 @@ impl Learner {
         let mut out = vec![0.0; self.model.n_vocab];
         self.layout.logits.floats(&self.arena, 1).part(0..out.len()).read(&self.gpu, &mut out)?;
         Ok(out)
-    }
-}
-
-/// The passes.
-impl Learner {
-    fn param(&self, place: &Place) -> View<'_, f32> {
-        self.params.view().part(place.clone())
-    }
-
-    fn grad(&self, place: &Place) -> View<'_, f32> {
-        self.of_training().grads.view().part(place.clone())
-    }
-
-    /// A parameter as products read it.
-    fn weight(&self, place: &Place, n_row: usize, n_col: usize) -> Rows<'_> {
-        let bytes = match &self.bf16 {
-            Some(bf16) => bf16.view().part(place.clone()).cast(),
-            None => self.param(place).cast(),
-        };
-        Rows::new(bytes, self.plan.element(), n_row, n_col)
-    }
-
-    fn grad_rows(&self, place: &Place, n_row: usize, n_col: usize) -> Rows<'_> {
-        Rows::floats(self.grad(place), n_row, n_col)
-    }
-
-    fn multiply(&self, stream: &Stream, a: Factor, b: Factor, groups: Groups, write: Write) -> Result<()> {
-        let workspace = self.layout.workspace.all(&self.arena);
-        self.operations.products.compute(stream, a, b, groups, write, Some(workspace))
-    }
-
-    fn rows(&self, span: MatrixSpan, n_row: usize) -> Rows<'_> {
-        span.rows(&self.arena, n_row)
-    }
-
-    fn floats(&self, span: MatrixSpan, n_row: usize) -> View<'_, f32> {
-        span.floats(&self.arena, n_row)
-    }
-
-    fn view<T: bytemuck::Pod>(&self, span: Span<T>, n: usize) -> View<'_, T> {
-        span.view(&self.arena, n)
-    }
-
-    fn scratch(&self) -> View<'_, f32> {
-        self.backward_memory().scratch.all(&self.arena)
-    }
-
-    fn backward_memory(&self) -> &Backward {
-        self.layout.backward.as_ref().expect("planned for training")
-    }
-
-    /// Draws what is dropped at a site of `n` elements; nothing outside of training. Of two that are needed at once one is the `second`.
-    fn draw(
-        &self,
-        stream: &Stream,
-        pass: Pass,
-        block: usize,
-        site: Site,
-        n: usize,
-        second: bool,
-    ) -> Result<Option<Dropped<'_>>> {
-        let p = self.model.dropout;
-        if !pass.trains || p == 0.0 {
-            return Ok(None);
-        }
-        let bits = self.layout.bits[usize::from(second)].view(&self.arena, Dropped::n_word(n as u64));
-        self.operations.dropout.draw(stream, self.numbers[0].view(), block, site as u32, p, bits, n as u64)?;
-        Ok(Some(Dropped::new(bits, p)))
-    }
-
-    fn normalize(
-        &self,
-        stream: &Stream,
-        x: View<f32>,
-        n: usize,
-        norm: &NormPlaces,
-        at: Statistics,
-        scores: Option<Scores>,
-    ) -> Result<()> {
-        let affine = (self.param(&norm.scale), self.param(&norm.shift));
-        let statistics = (self.view(at.mean, n), self.view(at.rstd, n));
-        let y = self.rows(self.layout.normed, n);
-        self.operations.norm.forward(stream, x, affine, self.model.norm_eps, y, statistics, scores)
-    }
-
-    fn normalize_backward(
-        &self,
-        stream: &Stream,
-        x: View<f32>,
-        n: usize,
-        norm: &NormPlaces,
-        at: Statistics,
-    ) -> Result<()> {
-        let memory = self.backward_memory();
-        let statistics = (self.view(at.mean, n), self.view(at.rstd, n));
-        let gradients = (self.grad(&norm.scale), self.grad(&norm.shift));
-        let (dy, dx) = (self.floats(memory.dnormed, n), self.floats(memory.dx, n));
-        let scale = self.param(&norm.scale);
-        self.operations.norm.backward(stream, dy, x, scale, statistics, dx, gradients, self.scratch())
-    }
-
-    fn forward_and_backward(&self, stream: &Stream, pass: Pass) -> Result<()> {
-        self.hidden(stream, pass)?;
-        self.cross_entropy(stream, pass.n_token(), Some(self.numbers[0].view()))?;
-        self.backward(stream, pass)
-    }
-
-    /// Where the input of block `index` is.
-    fn x(&self, index: usize) -> MatrixSpan {
-        self.layout.xs[index % self.layout.xs.len()]
-    }
-
-    /// The normalised rows that the head reads.
-    fn hidden(&self, stream: &Stream, pass: Pass) -> Result<()> {
-        let (n, d) = (pass.n_token(), self.model.n_embd);
-        let dropout = self.draw(stream, pass, 0, Site::Embedding, n * d, false)?;
-        let ids = self.view(self.layout.input.ids, n);
-        let (token, position) = (self.param(&self.model.token), self.param(&self.model.position));
-        self.operations.embedding.forward(
-            stream,
-            ids,
-            pass.n_col,
-            token,
-            position,
-            dropout,
-            self.floats(self.x(0), n),
-        )?;
-        for index in 0..self.model.blocks.len() {
-            self.block(stream, pass, index, Some(self.x(index + 1)))?;
-        }
-        let last = self.x(self.model.blocks.len());
-        self.normalize(stream, self.floats(last, n), n, &self.model.output_norm, self.layout.output_norm, None)
-    }
-
-    /// What a block's attention is given, with what it drops.
-    fn attention_inputs<'a>(
-        &'a self,
-        stream: &Stream,
-        pass: Pass,
-        index: usize,
-        qkv: Rows<'a>,
-    ) -> Result<AttentionInputs<'a>> {
-        let n = pass.n_token();
-        let (input, p) = (&self.layout.input, self.model.dropout);
-        let n_head = pass.n_row * self.model.n_head;
-        let dropout = if pass.trains && p > 0.0 {
-            let bits =
-                self.view(self.layout.bits[0], Dropped::n_word((n_head * pass.n_col) as u64 * pass.n_col as u64));
-            let (numbers, site) = (self.numbers[0].view(), Site::Attention as u32);
-            self.operations.dropout.draw_causal(stream, numbers, index, site, p, bits, [n_head, pass.n_col])?;
-            Some(Dropped::new(bits, p))
-        } else {
-            None
-        };
-        Ok(AttentionInputs {
-            n_row: pass.n_row,
-            n_col: pass.n_col,
-            n_head: self.model.n_head,
-            qkv,
-            mask: input.mask.filter(|_| pass.has_mask).map(|mask| self.view(mask, n)),
-            first: input.first.filter(|_| pass.has_first).map(|first| self.view(first, n)),
-            dropout,
-        })
-    }
-
-    /// A block: what is kept of it and, if anyone wants it, its output.
-    fn block(&self, stream: &Stream, pass: Pass, index: usize, out: Option<MatrixSpan>) -> Result<()> {
-        let Model { n_embd: d, .. } = self.model;
-        let (n, block, kept) = (pass.n_token(), &self.model.blocks[index], &self.layout.kept[index]);
-        let x = self.x(index);
-        let normed = self.rows(self.layout.normed, n);
-
-        self.normalize(stream, self.floats(x, n), n, &block.norm1, kept.norm1, None)?;
-        let qkv = self.rows(kept.qkv, n);
-        let weight = Factor::transposed(self.weight(&block.qkv, 3 * d, d));
-        let bias = block.qkv_bias.as_ref().map(|place| self.param(place));
-        self.multiply(stream, normed.into(), weight, Groups::One, Write::Biased { out: qkv, bias, dropout: None })?;
-        let inputs = self.attention_inputs(stream, pass, index, qkv)?;
-        let softmax = self.view(kept.softmax, inputs.softmax_len());
-        let attended = self.rows(kept.attended, n);
-        self.operations.attention.forward(stream, &inputs, attended, softmax)?;
-        let dropout = self.draw(stream, pass, index, Site::AttentionOut, n * d, false)?;
-        let middle = self.rows(kept.middle, n);
-        let bias = block.out_bias.as_ref().map(|place| self.param(place));
-        let weight = Factor::transposed(self.weight(&block.out, d, d));
-        let write = Write::Residual { out: middle, residual: self.rows(x, n), bias, dropout };
-        self.multiply(stream, attended.into(), weight, Groups::One, write)?;
-        self.feed_forward(stream, pass, index, block, out)
-    }
-
-    fn feed_forward(
-        &self,
-        stream: &Stream,
-        pass: Pass,
-        index: usize,
-        block: &BlockPlaces,
-        out: Option<MatrixSpan>,
-    ) -> Result<()> {
-        let Model { n_embd: d, n_ff, n_expert, .. } = self.model;
-        let (n, kept) = (pass.n_token(), &self.layout.kept[index]);
-        let bias = |place: &Option<Place>| place.as_ref().map(|place| self.param(place));
-        let middle = self.floats(kept.middle, n);
-        let normed = self.rows(self.layout.normed, n);
-        match (&block.ffn, &kept.ffn) {
-            (FfnPlaces::Dense { up, up_bias, down, down_bias }, KeptFfn::Dense { pre }) => {
-                self.normalize(stream, middle, n, &block.norm2, kept.norm2, None)?;
-                let (pre, hidden) = (self.rows(*pre, n), self.rows(self.layout.hidden, n));
-                let activation = self.model.dense_activation;
-                let write = Write::Activated { pre, hidden, bias: bias(up_bias), activation };
-                let weight = Factor::transposed(self.weight(up, n_ff, d));
-                self.multiply(stream, normed.into(), weight, Groups::One, write)?;
-                let Some(out) = out else { return Ok(()) };
-                let dropout = self.draw(stream, pass, index, Site::FfnOut, n * d, false)?;
-                let (out, residual) = (self.rows(out, n), self.rows(kept.middle, n));
-                let write = Write::Residual { out, residual, bias: bias(down_bias), dropout };
-                let weight = Factor::transposed(self.weight(down, d, n_ff));
-                self.multiply(stream, hidden.into(), weight, Groups::One, write)
-            }
-            (
-                FfnPlaces::Experts { router, noise, selection_bias, up, up_bias, down, down_bias },
-                KeptFfn::Experts(memory),
-            ) => {
-                let shape = routing_shape(&self.model, n);
-                let n_choice = shape.n_choice();
-                let noise = noise.as_ref().filter(|_| pass.has_noise).map(|place| self.param(place));
-                let n_score = n_expert * (1 + usize::from(noise.is_some()));
-                let scores = self.view(memory.scores, n * n_score);
-                let scored = Scores { router: self.param(router), noise, out: scores };
-                self.normalize(stream, middle, n, &block.norm2, kept.norm2, Some(scored))?;
-                let (routed, queues) = (self.routed(memory, index, shape), self.queues(memory, index, shape));
-                let normal = noise.map(|_| self.normal(pass, index));
-                let scratch = self.layout.routing_scratch.all(&self.arena);
-                self.operations.router.forward(
-                    stream,
-                    shape,
-                    scores,
-                    normal,
-                    bias(selection_bias),
-                    &routed,
-                    scratch,
-                )?;
-                let capacity = pass.capacity.map(|capacity| capacity as u32);
-                self.operations.dispatch.forward(stream, shape, routed.chosen, routed.loads, capacity, &queues)?;
-                let groups = Groups::Rows { starts: queues.starts, n: n_expert };
-                let (pre, hidden) = (self.rows(memory.pre, n_choice), self.rows(self.layout.hidden, n_choice));
-                let activation = self.model.expert_activation;
-                let write = Write::Activated { pre, hidden, bias: bias(up_bias), activation };
-                let gathered = Factor::new(normed).gathered(queues.token_of_kept);
-                let weight = self.weight(up, n_expert * d, n_ff);
-                self.multiply(stream, gathered, weight.into(), groups, write)?;
-                let dropout = self.draw(stream, pass, index, Site::Expert, n_choice * d, false)?;
-                let y = self.rows(memory.y, n_choice);
-                let write = Write::Biased { out: y, bias: bias(down_bias), dropout };
-                let weight = self.weight(down, n_expert * n_ff, d);
-                self.multiply(stream, hidden.into(), weight.into(), groups, write)?;
-                let Some(out) = out else { return Ok(()) };
-                let dropout = self.draw(stream, pass, index, Site::FfnOut, n * d, false)?;
-                let out = self.floats(out, n);
-                self.operations.experts.combine(stream, shape, y, routed.weights, queues.position, middle, dropout, out)
-            }
-            _ => unreachable!("what is kept of a block is of its own kind"),
-        }
-    }
-
-    /// Which of the MoE blocks block `index` is.
-    fn moe_number(&self, index: usize) -> usize {
-        self.model.blocks[..index].iter().filter(|block| block.is_moe()).count()
-    }
-
-    fn normal(&self, pass: Pass, index: usize) -> View<'_, f32> {
-        let n = pass.n_token() * self.model.n_expert;
-        let begin = self.moe_number(index) * n;
-        self.view(self.layout.input.normal, begin + n).part(begin..begin + n)
-    }
-
-    fn routed<'a>(&'a self, memory: &layout::Experts, index: usize, shape: RoutingShape) -> Routed<'a> {
-        let (moe, n_expert) = (self.moe_number(index), shape.n_expert);
-        let statistics = 1 + moe * (2 + n_expert);
-        Routed {
-            logits: self.view(memory.logits, shape.n_token * n_expert),
-            chosen: self.view(memory.chosen, shape.n_choice()),
-            weights: self.view(memory.weights, shape.n_choice()),
-            statistics: self.layout.sums.all(&self.arena).part(statistics..statistics + 2 + n_expert),
-            loads: self.layout.counts.all(&self.arena).part(moe * n_expert..(moe + 1) * n_expert),
-        }
-    }
-
-    fn queues<'a>(&'a self, memory: &layout::Experts, index: usize, shape: RoutingShape) -> Queues<'a> {
-        let n_dropped = self.model.n_moe() * shape.n_expert + self.moe_number(index);
-        Queues {
-            kept: self.view(memory.kept, shape.n_choice()),
-            starts: self.view(memory.starts, shape.n_expert + 1),
-            token_of_kept: self.view(memory.token_of_kept, shape.n_choice()),
-            position: self.view(memory.position, shape.n_choice()),
-            n_dropped: self.layout.counts.all(&self.arena).part(n_dropped..n_dropped + 1),
-        }
-    }
-
-    /// The head and the loss over chunks of rows, whose logits alone exist; with `numbers` the gradients of the normalised rows, and of the
-    /// head's weight.
-    fn cross_entropy(&self, stream: &Stream, n: usize, numbers: Option<View<Numbers>>) -> Result<()> {
-        let Model { n_vocab, n_embd: d, token, .. } = &self.model;
-        let head = self.weight(token, *n_vocab, *d);
-        let (targets, losses) = (self.view(self.layout.input.targets, n), self.view(self.layout.losses, n));
-        for begin in (0..n).step_by(self.layout.n_logit_row) {
-            let range = begin..n.min(begin + self.layout.n_logit_row);
-            let normed = self.rows(self.layout.normed, n).rows(range.clone());
-            let logits = self.rows(self.layout.logits, range.len());
-            self.multiply(stream, normed.into(), Factor::transposed(head), Groups::One, Write::Replace(logits))?;
-            let (targets, losses) = (targets.part(range.clone()), losses.part(range.clone()));
-            let gradients = numbers.map(|numbers| (self.rows(self.backward_memory().dlogits, range.len()), numbers));
-            self.operations.cross_entropy.run(stream, logits, targets, losses, gradients)?;
-            if let Some((dlogits, _)) = gradients {
-                let dnormed = self.rows(self.backward_memory().dnormed, n).rows(range);
-                self.multiply(stream, dlogits.into(), head.into(), Groups::One, Write::Replace(dnormed))?;
-                let write = Write::Add(self.grad_rows(token, *n_vocab, *d));
-                self.multiply(stream, Factor::transposed(dlogits), normed.into(), Groups::One, write)?;
-            }
-        }
-        self.operations.cross_entropy.add_up(stream, losses, self.layout.sums.view(&self.arena, 1))
-    }
-
-    /// From the gradients of the normalised rows to those of all parameters.
-    fn backward(&self, stream: &Stream, pass: Pass) -> Result<()> {
-        let (n, d, n_block) = (pass.n_token(), self.model.n_embd, self.model.blocks.len());
-        let memory = self.backward_memory();
-        let dx = self.floats(memory.dx, n);
-        stream.zero(dx)?;
-        let last = self.floats(self.x(n_block), n);
-        self.normalize_backward(stream, last, n, &self.model.output_norm, self.layout.output_norm)?;
-        for index in (0..n_block).rev() {
-            if self.plan.recompute {
-                self.block(stream, pass, index, None)?;
-            }
-            self.feed_forward_backward(stream, pass, index)?;
-            self.attention_backward(stream, pass, index)?;
-        }
-        let dropout = self.draw(stream, pass, 0, Site::Embedding, n * d, false)?;
-        let (ids, order) = (self.view(self.layout.input.ids, n), self.view(self.layout.input.order, n));
-        let (token, position) = (self.grad(&self.model.token), self.grad(&self.model.position));
-        let n_col = pass.n_col;
-        self.operations.embedding.backward(stream, dx, dropout, ids, order, n_col, token, position, self.scratch())?;
-        let counts = self.layout.counts.all(&self.arena);
-        self.operations.convert.add_counts(stream, self.layout.step_counts.all(&self.arena), counts)
-    }
-
-    /// Adds the sums of `dy`'s columns, over each group of rows if there are any, to the gradient of a bias.
-    fn bias_backward(&self, stream: &Stream, dy: Rows, starts: Option<View<u32>>, bias: &Option<Place>) -> Result<()> {
-        let Some(place) = bias else { return Ok(()) };
-        self.operations.column_sums.add(stream, dy, starts, self.grad(place), self.scratch())
-    }
-
-    fn feed_forward_backward(&self, stream: &Stream, pass: Pass, index: usize) -> Result<()> {
-        let Model { n_embd: d, n_ff, n_expert, .. } = self.model;
-        let (n, block, kept) = (pass.n_token(), &self.model.blocks[index], &self.layout.kept[index]);
-        let memory = self.backward_memory();
-        let middle = self.floats(kept.middle, n);
-        let normed = self.rows(self.layout.normed, n);
-        let dx = self.floats(memory.dx, n);
-        let dnormed = self.rows(memory.dnormed, n);
-        // The normalised rows were not kept: one more pass over them costs less than their memory.
-        self.normalize(stream, middle, n, &block.norm2, kept.norm2, None)?;
-        match (&block.ffn, &kept.ffn) {
-            (FfnPlaces::Dense { up, up_bias, down, down_bias }, KeptFfn::Dense { pre }) => {
-                let dropout = self.draw(stream, pass, index, Site::FfnOut, n * d, false)?;
-                let dy = self.rows(memory.dy, n);
-                self.operations.convert.rows(stream, self.rows(memory.dx, n), dy, dropout)?;
-                let (pre, dpre, hidden) =
-                    (self.rows(*pre, n), self.rows(memory.dpre, n), self.rows(self.layout.hidden, n));
-                let activation = self.model.dense_activation;
-                let write = Write::ActivationBackward { pre, dpre, hidden, activation };
-                self.multiply(stream, dy.into(), self.weight(down, d, n_ff).into(), Groups::One, write)?;
-                let write = Write::Add(self.grad_rows(down, d, n_ff));
-                self.multiply(stream, Factor::transposed(dy), hidden.into(), Groups::One, write)?;
-                self.bias_backward(stream, dy, None, down_bias)?;
-                let weight = self.weight(up, n_ff, d);
-                self.multiply(stream, dpre.into(), weight.into(), Groups::One, Write::Replace(dnormed))?;
-                let write = Write::Add(self.grad_rows(up, n_ff, d));
-                self.multiply(stream, Factor::transposed(dpre), normed.into(), Groups::One, write)?;
-                self.bias_backward(stream, dpre, None, up_bias)?;
-            }
-            (FfnPlaces::Experts { router, noise, up, up_bias, down, down_bias, .. }, KeptFfn::Experts(experts)) => {
-                let shape = routing_shape(&self.model, n);
-                let n_choice = shape.n_choice();
-                let (routed, queues) = (self.routed(experts, index, shape), self.queues(experts, index, shape));
-                let starts = queues.starts;
-                let of_block = self.draw(stream, pass, index, Site::FfnOut, n * d, true)?;
-                let of_experts = self.draw(stream, pass, index, Site::Expert, n_choice * d, false)?;
-                // What was the output becomes its gradient.
-                let dy = self.rows(experts.y, n_choice);
-                let dweights = self.view(memory.dweights, n_choice);
-                self.operations.experts.combine_backward(
-                    stream,
-                    shape,
-                    dx,
-                    of_block,
-                    dy,
-                    routed.weights,
-                    queues.position,
-                    of_experts,
-                    dy,
-                    dweights,
-                )?;
-                let rows = Groups::Rows { starts, n: n_expert };
-                let sums = Groups::Sums { starts, n: n_expert };
-                let pre = self.rows(experts.pre, n_choice);
-                let (dpre, hidden) = (self.rows(memory.dpre, n_choice), self.rows(self.layout.hidden, n_choice));
-                let activation = self.model.expert_activation;
-                let write = Write::ActivationBackward { pre, dpre, hidden, activation };
-                let weight = Factor::transposed(self.weight(down, n_expert * n_ff, d));
-                self.multiply(stream, dy.into(), weight, rows, write)?;
-                let write = Write::Add(self.grad_rows(down, n_expert * n_ff, d));
-                self.multiply(stream, Factor::transposed(hidden), dy.into(), sums, write)?;
-                self.bias_backward(stream, dy, Some(starts), down_bias)?;
-                let gathered = Factor::transposed(normed).gathered(queues.token_of_kept);
-                let write = Write::Add(self.grad_rows(up, n_expert * d, n_ff));
-                self.multiply(stream, gathered, dpre.into(), sums, write)?;
-                self.bias_backward(stream, dpre, Some(starts), up_bias)?;
-                let dinput = self.rows(memory.dinput, n_choice);
-                let weight = Factor::transposed(self.weight(up, n_expert * d, n_ff));
-                self.multiply(stream, dpre.into(), weight, rows, Write::Replace(dinput))?;
-
-                let noise = noise.as_ref().filter(|_| pass.has_noise);
-                let n_score = n_expert * (1 + usize::from(noise.is_some()));
-                let scores = self.view(experts.scores, n * n_score);
-                let noise_of = noise.map(|_| Noise { scores, normal: self.normal(pass, index) });
-                let (aux, z) = self.model.router_loss_weights;
-                let losses = RouterLosses { aux, z };
-                let dscores = self.view(memory.dscores, n * n_score);
-                let numbers = self.numbers[0].view();
-                let router_of = &self.operations.router;
-                router_of.backward(stream, shape, dweights, &routed, noise_of, losses, numbers, dscores)?;
-                let scorer = Scorer { weight: self.param(router), noise: noise.map(|place| self.param(place)) };
-                let dscorer = Scorer { weight: self.grad(router), noise: noise.map(|place| self.grad(place)) };
-                let handed_back = Some(Gathered { dinput, position: queues.position });
-                let dnormed = self.floats(memory.dnormed, n);
-                let scratch = self.scratch();
-                router_of.scores_backward(
-                    stream,
-                    shape,
-                    dscores,
-                    scorer,
-                    normed,
-                    handed_back,
-                    dnormed,
-                    dscorer,
-                    scratch,
-                )?;
-            }
-            _ => unreachable!("what is kept of a block is of its own kind"),
-        }
-        self.normalize_backward(stream, middle, n, &block.norm2, kept.norm2)
-    }
-
-    fn attention_backward(&self, stream: &Stream, pass: Pass, index: usize) -> Result<()> {
-        let d = self.model.n_embd;
-        let (n, block, kept) = (pass.n_token(), &self.model.blocks[index], &self.layout.kept[index]);
-        let memory = self.backward_memory();
-        let dropout = self.draw(stream, pass, index, Site::AttentionOut, n * d, false)?;
-        let (dy, attended) = (self.rows(memory.dy, n), self.rows(kept.attended, n));
-        self.operations.convert.rows(stream, self.rows(memory.dx, n), dy, dropout)?;
-        let dattended = self.rows(memory.dattended, n);
-        let weight = self.weight(&block.out, d, d);
-        self.multiply(stream, dy.into(), weight.into(), Groups::One, Write::Replace(dattended))?;
-        let write = Write::Add(self.grad_rows(&block.out, d, d));
-        self.multiply(stream, Factor::transposed(dy), attended.into(), Groups::One, write)?;
-        self.bias_backward(stream, dy, None, &block.out_bias)?;
-        let inputs = self.attention_inputs(stream, pass, index, self.rows(kept.qkv, n))?;
-        let (softmax, delta) =
-            (self.view(kept.softmax, inputs.softmax_len()), self.view(memory.delta, inputs.delta_len()));
-        let dqkv = self.rows(memory.dqkv, n);
-        self.operations.attention.backward(stream, &inputs, attended, dattended, softmax, delta, dqkv)?;
-        let x = self.floats(self.x(index), n);
-        self.normalize(stream, x, n, &block.norm1, kept.norm1, None)?;
-        let (weight, dnormed) = (self.weight(&block.qkv, 3 * d, d), self.rows(memory.dnormed, n));
-        self.multiply(stream, dqkv.into(), weight.into(), Groups::One, Write::Replace(dnormed))?;
-        let write = Write::Add(self.grad_rows(&block.qkv, 3 * d, d));
-        let normed = self.rows(self.layout.normed, n);
-        self.multiply(stream, Factor::transposed(dqkv), normed.into(), Groups::One, write)?;
-        self.bias_backward(stream, dqkv, None, &block.qkv_bias)?;
-        self.normalize_backward(stream, x, n, &block.norm1, kept.norm1)
     }
 }

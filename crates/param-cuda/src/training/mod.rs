@@ -16,6 +16,7 @@ mod muon;
 mod norm;
 mod numbers;
 mod product;
+mod profile;
 mod router;
 mod routing;
 mod staging;
@@ -30,6 +31,7 @@ pub use model::{ALIGNMENT, BlockPlaces, FfnPlaces, Model, NormPlaces, Place};
 pub use muon::MuonMatrix;
 pub use numbers::{Numbers, Outcome};
 pub use product::Arithmetic;
+pub use profile::{Part, PartSpent};
 pub use staging::{Report, RouterReport};
 pub use view::{Element, Rows, View};
 

@@ -70,6 +70,13 @@ impl<'a> Factor<'a> {
         Self { gather: Some(rows), ..self }
     }
 
+    /// Multiplications and additions of its product with `b`; of groups whose rows only the GPU knows as if all there is room for were taken.
+    pub(super) fn n_operation(&self, b: &Factor, groups: Groups) -> f64 {
+        let Shape { m, n, k, n_matrix, n_sum_group, .. } = Shape::new(self, b, groups);
+        // Groups of sums share the depth among their matrices.
+        2.0 * m as f64 * n as f64 * k as f64 * (n_matrix / n_sum_group.max(1)).max(1) as f64
+    }
+
     /// Rows and columns as stored, of all matrices.
     fn stored(&self) -> (usize, usize) {
         (self.gather.map_or(self.rows.n_row(), View::len), self.rows.n_col())

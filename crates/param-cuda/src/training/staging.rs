@@ -81,8 +81,8 @@ impl Staging {
                 ids: gpu.pinned(what, n)?,
                 targets: gpu.pinned(what, n)?,
                 order: gpu.pinned(what, n)?,
-                mask: gpu.pinned(what, if plan.has_mask { n } else { 0 })?,
-                first: gpu.pinned(what, if plan.has_first { n } else { 0 })?,
+                mask: gpu.pinned(what, n)?,
+                first: gpu.pinned(what, n)?,
                 normal: gpu.pinned(what, n_normal)?,
                 numbers: gpu.pinned(what, 1)?,
                 taken: None,
@@ -133,10 +133,10 @@ impl Staging {
         send(stream, arena, &mut slot.order, &sorted(batch.ids), input.order)?;
         if let Some(mask) = batch.mask {
             let mask = mask.iter().map(|&real| u8::from(real)).collect::<Vec<_>>();
-            send(stream, arena, &mut slot.mask, &mask, input.mask.expect("a mask was planned for"))?;
+            send(stream, arena, &mut slot.mask, &mask, input.mask)?;
         }
         if let Some(first) = batch.first {
-            send(stream, arena, &mut slot.first, first, input.first.expect("documents were planned for"))?;
+            send(stream, arena, &mut slot.first, first, input.first)?;
         }
         if let Some(normal) = batch.normal {
             assert_eq!(normal.len(), model.n_moe() * n * model.n_expert, "draws of noise");

@@ -94,6 +94,18 @@ impl Profile {
         self.now = section;
     }
 
+    /// What `section` took elsewhere.
+    pub(crate) fn add(&mut self, section: Section, spent: Spent) {
+        let sum = &mut self.spent[section as usize];
+        sum.seconds += spent.seconds;
+        sum.operations += spent.operations;
+    }
+
+    /// The time since the last change of section belongs to none: it was spent waiting for what is counted elsewhere.
+    pub(crate) fn skip(&mut self) {
+        self.since = Instant::now();
+    }
+
     pub(super) fn add_operations(&mut self, n: f64) {
         self.spent[self.now as usize].operations += n;
     }

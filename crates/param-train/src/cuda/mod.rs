@@ -9,13 +9,13 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
-use param_cuda::training::{self, Arithmetic, MemoryPlan, ModelSizes, Numbers, Optimizer, Plan};
+use param_cuda::training::{self, Arithmetic, MemoryPlan, ModelSizes, Numbers, Optimizer, Part, PartSpent, Plan};
 use param_cuda::{Error as GpuError, Gpu};
 use param_model::{Config, TensorSpec, tensors};
 
 use crate::backend::{BatchLosses, Evaluate, Learn, RouterLosses};
-use crate::cpu::{Capacity, CrossEntropy, Memory, Profile};
-use crate::data::{Batch, Layout};
+use crate::cpu::{Capacity, CrossEntropy, Memory, Profile, Section, Spent};
+use crate::data::Batch;
 use crate::error::Error;
 use crate::optimizer::{Group, Moments, polynomials};
 use crate::random::Key;
@@ -95,8 +95,6 @@ fn plan(config: &Config, settings: &Settings) -> Plan {
         n_col: settings.context,
         trains: true,
         recompute: settings.recompute,
-        has_mask: settings.layout == Layout::OneDocumentPerRow,
-        has_first: settings.isolate_documents,
     }
 }
 
@@ -273,7 +271,8 @@ impl Learn for CudaLearner {
     }
 
     fn accumulate(&mut self, settings: &Settings, first_pass: u64, batches: &[Batch]) -> Result<(), Error> {
-        let Self { model: CudaModel { config, learner }, key, noise, n_targets, .. } = self;
+        let Self { model: CudaModel { config, learner }, key, noise, n_targets, profile, .. } = self;
+        profile.enter(Section::Other);
         n_targets.clear();
         n_targets.extend(batches.iter().map(Batch::n_target));
         let n_target = n_targets.iter().sum::<usize>();
@@ -300,8 +299,12 @@ impl Learn for CudaLearner {
     }
 
     fn outcome(&mut self) -> Result<(Vec<BatchLosses>, f64), Error> {
-        let Self { model: CudaModel { config, learner }, n_targets, .. } = self;
+        let Self { model: CudaModel { config, learner }, n_targets, profile, .. } = self;
         let (reports, norm) = learner.reports()?;
+        for PartSpent { part, seconds, operations } in learner.spent()? {
+            profile.add(section(part), Spent { seconds, operations });
+        }
+        profile.skip();
         let losses = reports.into_iter().zip(n_targets).map(|(report, n_target)| {
             let n = report.n_token as f64;
             let router = |router: &training::RouterReport| {
@@ -353,8 +356,27 @@ impl Learn for CudaLearner {
         peak(&self.gpu, settings)
     }
 
+    fn start_profile(&mut self) {
+        self.model.learner.start_profile();
+    }
+
     fn profile(&mut self) -> &mut Profile {
         &mut self.profile
+    }
+}
+
+fn section(part: Part) -> Section {
+    match part {
+        Part::Embedding => Section::Embedding,
+        Part::Norm => Section::Norm,
+        Part::Projections => Section::Projections,
+        Part::Attention => Section::Attention,
+        Part::Dense => Section::Dense,
+        Part::Router => Section::Router,
+        Part::Experts => Section::Experts,
+        Part::Head => Section::Head,
+        Part::Optimizer => Section::Optimizer,
+        Part::Other => Section::Other,
     }
 }
 
