@@ -117,7 +117,7 @@ fn batches_are_sized_to_the_memory_there_is() {
         let rows = said.lines().find_map(|line| line.split_once(" rows a batch")).expect("how many rows").0;
         rows.parse::<u64>().unwrap()
     };
-    let (few, more) = (rows("memory=79000000"), rows("memory=82000000"));
+    let (few, more) = (rows("memory=79000000"), rows("memory=90000000"));
     assert!(few.is_power_of_two() && more.is_power_of_two() && few < more, "{few} rows, then {more}");
     let said = failure_of(&mut auto("memory=1000000"), 1);
     assert!(said.contains("out of memory on the GPU") && said.contains("one row"), "{said}");
