@@ -52,7 +52,8 @@ fn kernels_lose_less_than_1e_4_nats_per_token_against_f32_on_the_same_weights() 
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     let crates = Path::new(env!("CARGO_MANIFEST_DIR")).join("crates");
-    let data = ["gguf", "param-kernels", "param-model", "param-train"].map(|name| crates.join(name).join("src"));
+    // Crates that seldom change: the divergence depends on what the model becomes.
+    let data = ["gguf", "param-model"].map(|name| crates.join(name).join("src"));
     output_of(param_train().arg("--data").args(data).arg("--out").arg(&run).args(FLAGS.split_whitespace()));
     let unseen = std::fs::read_to_string(crates.join("param-runtime/src/forward.rs")).unwrap();
     for quant in ["default", "q8_0", "q6_k", "q4_k", "q4_0", "f16", "bf16"] {
