@@ -16,7 +16,7 @@ mod plan;
 mod profile;
 mod router;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod values;
 
 use std::collections::HashMap;

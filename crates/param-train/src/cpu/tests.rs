@@ -34,7 +34,7 @@ fn config() -> Config {
 }
 
 /// Initial parameters with nothing left at zero, so that every path carries a gradient.
-fn perturbed(config: &Config) -> Vec<Vec<f32>> {
+pub(crate) fn perturbed(config: &Config) -> Vec<Vec<f32>> {
     let mut params = initialise(config, 11);
     let mut rng = stream(12, 0);
     params.iter_mut().flatten().for_each(|p| *p += 0.1 * (rng.random::<f32>() - 0.5));
@@ -43,7 +43,7 @@ fn perturbed(config: &Config) -> Vec<Vec<f32>> {
 
 /// What the positions of a row see.
 #[derive(Clone, Copy, PartialEq)]
-enum Rows {
+pub(crate) enum Rows {
     Whole,
     /// Not the last five.
     Padded,

@@ -6,6 +6,7 @@ use param_model::{Activation, Part};
 use rand::RngExt;
 
 use super::*;
+use crate::cpu::tests::{Rows, perturbed};
 use crate::cpu::{Compute, GradientScale, Losses, Mode, Model, NoiseSource, Precision, Sequences};
 use crate::data::{IGNORED, Layout};
 use crate::device::Device;
@@ -42,24 +43,6 @@ fn config() -> Config {
 
 fn settings(config: &Config) -> Settings {
     Settings { batch_size: 2, context: 21, ..Recipe::Recommended.settings(config, 10) }
-}
-
-/// Initial parameters with nothing left at zero, so that every path carries a gradient.
-fn perturbed(config: &Config) -> Vec<Vec<f32>> {
-    let mut params = initialise(config, 11);
-    let mut rng = stream(12, 0);
-    params.iter_mut().flatten().for_each(|p| *p += 0.1 * (rng.random::<f32>() - 0.5));
-    params
-}
-
-/// What the positions of a row see.
-#[derive(Clone, Copy, PartialEq)]
-enum Rows {
-    Whole,
-    /// Not the last five.
-    Padded,
-    /// Only their own document, of two.
-    Isolated,
 }
 
 fn batch(config: &Config, settings: &Settings, rows: Rows, seed: u64) -> Batch {
