@@ -24,7 +24,7 @@ pub type Launch = unsafe extern "C" fn(
 ) -> c_int;
 
 pub struct Driver {
-    pub library: Library,
+    pub loaded: Library,
     module: *mut c_void,
 }
 
@@ -47,8 +47,8 @@ pub fn variant(from: &str, to: &str) -> Driver {
 impl Driver {
     pub fn load(path: &Path) -> Driver {
         // SAFETY: the library's constructors only fill tables.
-        let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.unwrap_or_else(|e| panic!("{e}"));
-        let mut driver = Driver { library, module: null_mut() };
+        let loaded = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.unwrap_or_else(|e| panic!("{e}"));
+        let mut driver = Driver { loaded, module: null_mut() };
         driver.enter();
         let image = c"// emulation";
         // SAFETY: cuModuleLoadData(CUmodule*, const void*)
@@ -76,7 +76,7 @@ impl Driver {
     /// `F` must be the function's type.
     pub unsafe fn get<F: Copy>(&self, name: &str) -> F {
         // SAFETY: the caller's promise.
-        unsafe { *self.library.get::<F>(name.as_bytes()).unwrap_or_else(|e| panic!("{e}")) }
+        unsafe { *self.loaded.get::<F>(name.as_bytes()).unwrap_or_else(|e| panic!("{e}")) }
     }
 
     pub fn schedule(&self, schedule: Schedule) {
