@@ -179,13 +179,13 @@ template <int FORMAT, int BM, int BN, int WM, int WN, int WK, int STAGES, int BU
     u8* w_tiles = a_tiles + STAGES * a_bytes;    // [n_buffer, BN, 64]
     u8* raws = w_tiles + n_buffer * w_bytes;     // [STAGES] of raw_bytes
 
-    Rows rows = find_rows<BM>(p);
+    GroupRows rows = find_rows<BM>(p);
     if (rows.begin >= rows.end) return;
     u32 which = blockIdx.z / p.n_split, split = blockIdx.z % p.n_split;
     const Matrix& matrix = which == 0 ? p.w[0] : which == 1 ? p.w[1] : p.w[2];
 
     Weights w;
-    w.data = matrix.data + rows.expert * matrix.matrix_bytes;
+    w.data = matrix.data + rows.group * matrix.matrix_bytes;
     w.matrix_bytes = matrix.matrix_bytes;
     w.n_row = matrix.n_row;
     w.n_col = matrix.n_col;

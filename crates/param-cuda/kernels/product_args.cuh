@@ -1,5 +1,6 @@
 // What a product of rows is asked for, which rows a block takes, and where results go: the same for tensor cores and for f32.
 #pragma once
+#include "group_rows.cuh"
 #include "rows.cuh"
 
 // Where results go. PARTIAL: f32, a part from each split, times the row's weight where there is one, to the row that the list names.
@@ -39,47 +40,13 @@ struct Product {
     u32 inverse;            // of n_used, if above 1: times an entry, the upper half is its row
 };
 
-struct Rows {
-    u32 begin, end, expert;
-};
-
-// The rows of tile blockIdx.y. Tiles of experts follow one another, so the grid has the most tiles there can be, and the last find none.
-template <int BM> DEVICE Rows find_rows(const Product& p) {
-    Rows r;
-    if (p.offsets == 0) {
-        r.begin = blockIdx.y * BM;
-        r.end = r.begin + BM < p.n_row ? r.begin + BM : p.n_row;
-        r.expert = 0;
-        return r;
-    }
-    // A lane an expert, so that all offsets are asked for at once.
-    u32 tile = blockIdx.y, lane = threadIdx.x % WARP, before = 0;
-    for (u32 first = 0; first < p.n_expert; first += WARP) {
-        u32 e = first + lane, begin = 0, end = 0;
-        if (e < p.n_expert) {
-            begin = p.offsets[e];
-            end = p.offsets[e + 1];
-        }
-        u32 n = (end - begin + BM - 1) / BM, upto = n;
-#pragma unroll
-        for (u32 d = 1; d < WARP; d *= 2) {
-            u32 other = __shfl_sync(FULL, upto, lane >= d ? lane - d : lane);
-            if (lane >= d) upto += other;
-        }
-        u32 at = before + upto - n; // tiles of the experts before
-        u32 found = __ballot_sync(FULL, tile >= at && tile < at + n);
-        if (found) {
-            u32 source = __ffs((int)found) - 1;
-            begin += (tile - at) * BM;
-            r.begin = __shfl_sync(FULL, begin, source);
-            end = __shfl_sync(FULL, end, source);
-            r.end = r.begin + BM < end ? r.begin + BM : end;
-            r.expert = first + source;
-            return r;
-        }
-        before += __shfl_sync(FULL, upto, WARP - 1);
-    }
-    r.begin = r.end = r.expert = 0;
+// The rows of tile blockIdx.y.
+template <int BM> DEVICE GroupRows find_rows(const Product& p) {
+    if (p.offsets) return find_group_rows<BM>(p.offsets, p.n_expert, blockIdx.y);
+    GroupRows r;
+    r.begin = blockIdx.y * BM;
+    r.end = r.begin + BM < p.n_row ? r.begin + BM : p.n_row;
+    r.group = 0;
     return r;
 }
 
@@ -166,7 +133,7 @@ DEVICE void store_four(const Product& p, const Matrix& matrix, const OutputRow& 
 
 // The block's sums, in N parts [BM, SUM_PITCH] in shared memory, each to its place: rows by neighbouring threads.
 template <int BM, int BN, int N, int THREADS>
-DEVICE void store_sums(const Product& p, const Matrix& matrix, const Rows& rows, u32 which, u32 split, const float* sums) {
+DEVICE void store_sums(const Product& p, const Matrix& matrix, const GroupRows& rows, u32 which, u32 split, const float* sums) {
     for (u32 i = threadIdx.x; i < BM * BN / 4; i += THREADS) {
         u32 row = i / (BN / 4), column = i % (BN / 4) * 4, r = rows.begin + row;
         if (r >= rows.end) return;
@@ -179,6 +146,6 @@ DEVICE void store_sums(const Product& p, const Matrix& matrix, const Rows& rows,
             v[2] += s.z;
             v[3] += s.w;
         }
-        store_four(p, matrix, find_output_row(p, matrix, which, split, rows.expert, r, p.list ? p.list[r] : r), blockIdx.x * BN + column, v);
+        store_four(p, matrix, find_output_row(p, matrix, which, split, rows.group, r, p.list ? p.list[r] : r), blockIdx.x * BN + column, v);
     }
 }

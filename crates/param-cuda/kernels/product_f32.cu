@@ -13,11 +13,11 @@ template <int BM> DEVICE void product(const Product& p) {
     DYNAMIC_SHARED(float, shared);
     float* a_tiles = shared;                       // [STAGES, BM, PITCH]
     float* w_tiles = shared + STAGES * BM * PITCH; // [STAGES, BN, PITCH]
-    Rows rows = find_rows<BM>(p);
+    GroupRows rows = find_rows<BM>(p);
     if (rows.begin >= rows.end) return;
     u32 which = blockIdx.z / p.n_split, split = blockIdx.z % p.n_split;
     const Matrix& matrix = which == 0 ? p.w[0] : which == 1 ? p.w[1] : p.w[2];
-    const float* data = (const float*)(matrix.data + rows.expert * matrix.matrix_bytes);
+    const float* data = (const float*)(matrix.data + rows.group * matrix.matrix_bytes);
     const float* input = (const float*)p.input;
     u32 thread = threadIdx.x, first_n = blockIdx.x * BN;
 

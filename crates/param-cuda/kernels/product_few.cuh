@@ -147,15 +147,15 @@ template <int FORMAT> DEVICE void unpack_slice(const Weights& w, u32 (&f)[4][4],
 }
 
 // Which entries chose the expert of tile blockIdx.y, into `entries`, in their order: tile blockIdx.y / n_expert of their rows.
-template <int BM> DEVICE Rows find_chosen(const Product& p, u32* entries, u32* counts) {
+template <int BM> DEVICE GroupRows find_chosen(const Product& p, u32* entries, u32* counts) {
     u32 thread = threadIdx.x, lane = thread % WARP, warp = thread / WARP;
-    Rows r;
-    r.expert = blockIdx.y % p.n_expert;
+    GroupRows r;
+    r.group = blockIdx.y % p.n_expert;
     u32 begin = blockIdx.y / p.n_expert * BM, at = 0;
 #pragma unroll 1
     for (u32 first = 0; first < p.n_row; first += FEW_WARPS * WARP) {
         u32 i = first + thread;
-        bool mine = i < p.n_row && p.choices[i] == r.expert;
+        bool mine = i < p.n_row && p.choices[i] == r.group;
         u32 all = __ballot_sync(FULL, mine);
         if (lane == 0) counts[warp] = __popc(all);
         __syncthreads();
@@ -190,17 +190,17 @@ template <int FORMAT, int BM, int R> DEVICE void product_few(const Product& p) {
     __shared__ u32 counts[FEW_WARPS];
     // In the first tile of an expert's rows weights are asked for before it is known whether there are any: most often there are.
     bool chosen = p.choices != 0, early = chosen && blockIdx.y < p.n_expert;
-    Rows rows;
+    GroupRows rows;
     if (early) {
         rows.begin = rows.end = 0;
-        rows.expert = blockIdx.y;
+        rows.group = blockIdx.y;
     } else {
         rows = chosen ? find_chosen<BM>(p, entries, counts) : find_rows<BM>(p);
         if (rows.begin >= rows.end) return;
     }
 
     Weights w;
-    w.data = matrix.data + rows.expert * matrix.matrix_bytes;
+    w.data = matrix.data + rows.group * matrix.matrix_bytes;
     w.matrix_bytes = matrix.matrix_bytes;
     w.n_row = matrix.n_row;
     w.n_col = matrix.n_col;
@@ -342,7 +342,7 @@ template <int FORMAT, int BM, int R> DEVICE void product_few(const Product& p) {
                     v[3] += x.w;
                 }
                 u32 entry = chosen ? entries[r] : p.list ? p.list[r] : r;
-                OutputRow out = find_output_row(p, matrix, which, split, rows.expert, chosen ? entry : r, entry);
+                OutputRow out = find_output_row(p, matrix, which, split, rows.group, chosen ? entry : r, entry);
                 store_four(p, matrix, out, tile * width + column, v);
             }
             return;

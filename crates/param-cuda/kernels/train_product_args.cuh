@@ -1,5 +1,6 @@
 // What a product of training is asked for, which tile of it a block takes, and what becomes of the sums.
 #pragma once
+#include "group_rows.cuh"
 #include "train.cuh"
 
 // How sums are computed: the same as in src/training/product.rs, as all that follows.
@@ -56,38 +57,6 @@ struct Place {
     u32 k_begin, k_end;
 };
 
-// Rows of tile `tile` where rows come in groups. Tiles of groups follow one another, so the grid has the most tiles there can be, and
-// the last find none.
-template <int BM> DEVICE void find_rows(const Product& p, u32 tile, Place& at) {
-    // A lane a group, so that all starts are asked for at once.
-    u32 lane = threadIdx.x % WARP, before = 0;
-    at.row = at.n_row = at.matrix = 0;
-    for (u32 first = 0; first < p.n_group; first += WARP) {
-        u32 g = first + lane, begin = 0, end = 0;
-        if (g < p.n_group) {
-            begin = p.starts[g];
-            end = p.starts[g + 1];
-        }
-        u32 n = (end - begin + BM - 1) / BM, upto = n;
-#pragma unroll
-        for (u32 d = 1; d < WARP; d *= 2) {
-            u32 other = __shfl_sync(FULL, upto, lane >= d ? lane - d : lane);
-            if (lane >= d) upto += other;
-        }
-        u32 mine = before + upto - n; // tiles of the groups before
-        u32 found = __ballot_sync(FULL, tile >= mine && tile < mine + n);
-        if (found) {
-            u32 source = __ffs((int)found) - 1;
-            begin += (tile - mine) * BM;
-            at.row = __shfl_sync(FULL, begin, source);
-            at.n_row = min((u32)BM, __shfl_sync(FULL, end, source) - at.row);
-            at.matrix = first + source;
-            return;
-        }
-        before += __shfl_sync(FULL, upto, WARP - 1);
-    }
-}
-
 // Tiles of rows that blocks take together before they go on to the next columns: what they read of both factors stays in the second-level
 // cache.
 #define PANEL 16
@@ -101,8 +70,10 @@ template <int BM, int BN> DEVICE Place find_place(const Product& p, u32 tile_k) 
     at.k_begin = 0;
     at.k_end = p.k;
     if (p.groups == GROUPS_ROWS) {
-        find_rows<BM>(p, row_tile, at);
-        at.out_row = at.row;
+        GroupRows rows = find_group_rows<BM>(p.starts, p.n_group, row_tile);
+        at.row = at.out_row = rows.begin;
+        at.n_row = rows.end - rows.begin;
+        at.matrix = rows.group;
     } else {
         at.row = row_tile * BM;
         at.n_row = min((u32)BM, p.m - at.row);
