@@ -12,7 +12,7 @@ use param_train::inherit::Source;
 use param_train::optimizer::{Decay, Muon};
 use param_train::recipe::Recipe;
 use param_train::schedule::Curve;
-use param_train::settings::{Dropping, Dtype, Settings};
+use param_train::settings::{Dropping, Dtype, Recompute, Settings};
 use param_train::spikes;
 
 /// Train a PARAM model on text: a tokenizer, then the model, in checkpoints that param-convert takes.
@@ -214,9 +214,9 @@ pub struct Training {
     /// What matrix products are computed in [default: f32]
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<DtypeName>,
-    /// Keep of each block only its input and compute the rest again in the backward pass: less memory, a third more arithmetic
-    #[arg(long)]
-    pub recompute: bool,
+    /// Compute again in the backward pass what would have been kept for it, for less memory: of every block, or of its feed-forward half
+    #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "blocks")]
+    pub recompute: Option<RecomputeName>,
     /// Largest gradient norm [default: 1]
     #[arg(long)]
     pub clip: Option<f32>,
@@ -304,6 +304,16 @@ pub enum DtypeName {
     Tf32,
     /// Factors rounded to bf16, sums in f32, parameters kept in f32: faster where the processor multiplies bf16
     Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum RecomputeName {
+    /// Keep everything
+    Nothing,
+    /// Most of the memory for a fifth more arithmetic: what is widest
+    FeedForward,
+    /// All but the blocks' inputs, for a third more arithmetic
+    Blocks,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -516,7 +526,12 @@ impl Training {
             DtypeName::Bf16 => Dtype::Bf16,
         });
         set(&mut s.dtype, dtype);
-        set(&mut s.recompute, self.recompute.then_some(true));
+        let recompute = self.recompute.map(|name| match name {
+            RecomputeName::Nothing => Recompute::Nothing,
+            RecomputeName::FeedForward => Recompute::FeedForward,
+            RecomputeName::Blocks => Recompute::Blocks,
+        });
+        set(&mut s.recompute, recompute);
         set(&mut s.shuffle, self.no_shuffle.then_some(false));
         let layout = self.layout.map(|name| match name {
             LayoutName::Packed => Layout::Packed,

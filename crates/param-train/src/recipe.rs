@@ -5,7 +5,7 @@ use param_model::Config;
 use crate::data::Layout;
 use crate::optimizer::{AdamW, Decay, Muon};
 use crate::schedule::{Curve, Schedule};
-use crate::settings::{Dropping, Dtype, Settings, bias_rate};
+use crate::settings::{Dropping, Dtype, Recompute, Settings, bias_rate};
 
 /// Where a run's settings come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,7 +48,7 @@ impl Recipe {
             no_decay: Vec::new(),
             spikes: None,
             dtype: Dtype::F32,
-            recompute: false,
+            recompute: Recompute::Nothing,
             clip: 1.0,
             dropping: Dropping::Never,
             bias_rate: bias_rate(),

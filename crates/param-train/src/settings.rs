@@ -55,6 +55,35 @@ impl Dtype {
     }
 }
 
+/// What is computed again in the backward pass, for less memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recompute {
+    /// Everything is kept.
+    #[default]
+    Nothing,
+    /// The feed-forward half of every block, whose rows are the widest: the arithmetic of its forward pass, but for the last product of
+    /// dense ones.
+    FeedForward,
+    /// The blocks, but for their inputs: a third more arithmetic.
+    Blocks,
+}
+
+/// Checkpoints of before there were levels say `true` or `false`.
+fn recompute<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Recompute, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Either {
+        Whether(bool),
+        What(Recompute),
+    }
+    Ok(match Either::deserialize(deserializer)? {
+        Either::Whether(false) => Recompute::Nothing,
+        Either::Whether(true) => Recompute::Blocks,
+        Either::What(recompute) => recompute,
+    })
+}
+
 /// Settings of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
@@ -97,9 +126,9 @@ pub struct Settings {
     /// What matrix products are computed in.
     #[serde(default)]
     pub dtype: Dtype,
-    /// Keeps of each block only its input, and computes the rest again in the backward pass.
-    #[serde(default)]
-    pub recompute: bool,
+    /// What is computed again in the backward pass.
+    #[serde(default, deserialize_with = "recompute")]
+    pub recompute: Recompute,
     /// Largest gradient norm; larger ones are scaled down to it.
     pub clip: f32,
     /// What an overfull expert does.

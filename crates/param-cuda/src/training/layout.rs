@@ -29,8 +29,19 @@ pub struct Plan {
     pub n_col: usize,
     /// Whether gradients are wanted.
     pub trains: bool,
-    /// Keeps of each block only its input, and computes the rest again in the backward pass.
-    pub recompute: bool,
+    /// What is computed again in the backward pass.
+    pub recompute: Recompute,
+}
+
+/// What is computed again in the backward pass, for less memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recompute {
+    /// Everything is kept.
+    Nothing,
+    /// The feed-forward half of every block.
+    FeedForward,
+    /// The blocks, but for their inputs.
+    Blocks,
 }
 
 impl Plan {
@@ -131,9 +142,9 @@ pub(super) struct Kept {
     pub softmax: Span<f32>,   // [2, n_row, n_head, n_col]
     pub middle: MatrixSpan,   // [n_token, n_embd] in f32, after the attention's residual
     pub norm2: Statistics,
-    pub ffn: KeptFfn,
 }
 
+/// What its feed-forward half keeps.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum KeptFfn {
     /// Before the nonlinearity, [n_token, n_ff].
@@ -194,6 +205,8 @@ pub(super) struct Layout {
     pub xs: Vec<MatrixSpan>,
     /// Of each block; several blocks' are the same where nothing is kept.
     pub kept: Vec<Kept>,
+    /// The same.
+    pub kept_ffn: Vec<KeptFfn>,
     pub normed: MatrixSpan, // [n_token, n_embd]
     pub hidden: MatrixSpan, // [n_token (* n_used), n_ff]
     pub logits: MatrixSpan, // [n_logit_row, n_vocab] in f32
@@ -229,14 +242,16 @@ impl Layout {
         let bump = &mut Bump { at: 0 };
 
         let statistics = |bump: &mut Bump| Statistics { mean: bump.span(n_token), rstd: bump.span(n_token) };
-        let keep = |bump: &mut Bump, block: &BlockPlaces| Kept {
+        let keep = |bump: &mut Bump| Kept {
             norm1: statistics(bump),
             qkv: bump.matrix(element, n_token, 3 * d),
             attended: bump.matrix(element, n_token, d),
             softmax: bump.span(2 * n_head_row),
             middle: bump.matrix(Element::F32, n_token, d),
             norm2: statistics(bump),
-            ffn: if block.is_moe() {
+        };
+        let keep_ffn = |bump: &mut Bump, block: &BlockPlaces| {
+            if block.is_moe() {
                 KeptFfn::Experts(Experts {
                     pre: bump.matrix(element, n_choice, n_ff),
                     y: bump.matrix(element, n_choice, d),
@@ -251,17 +266,25 @@ impl Layout {
                 })
             } else {
                 KeptFfn::Dense { pre: bump.matrix(element, n_token, n_ff) }
-            },
+            }
         };
         let n_x = if plan.trains { model.blocks.len() + 1 } else { 2 };
         let xs = (0..n_x).map(|_| bump.matrix(Element::F32, n_token, d)).collect();
-        let kept = if plan.trains && !plan.recompute {
-            model.blocks.iter().map(|block| keep(bump, block)).collect()
-        } else {
-            // One of each kind.
-            let mut of_kind = [None; 2];
-            let blocks = model.blocks.iter();
-            blocks.map(|block| *of_kind[usize::from(block.is_moe())].get_or_insert_with(|| keep(bump, block))).collect()
+        let recompute = if plan.trains { plan.recompute } else { Recompute::Blocks };
+        let kept = match recompute {
+            Recompute::Nothing | Recompute::FeedForward => model.blocks.iter().map(|_| keep(bump)).collect(),
+            Recompute::Blocks => vec![keep(bump); model.blocks.len()],
+        };
+        let blocks = model.blocks.iter();
+        let kept_ffn = match recompute {
+            Recompute::Nothing => blocks.map(|block| keep_ffn(bump, block)).collect(),
+            Recompute::FeedForward | Recompute::Blocks => {
+                // One of each kind.
+                let mut of_kind = [None; 2];
+                blocks
+                    .map(|block| *of_kind[usize::from(block.is_moe())].get_or_insert_with(|| keep_ffn(bump, block)))
+                    .collect()
+            }
         };
         let n_kept_byte = bump.at;
 
@@ -296,6 +319,7 @@ impl Layout {
             input,
             xs,
             kept,
+            kept_ffn,
             normed: bump.matrix(element, n_token, d),
             hidden: bump.matrix(element, n_wide, n_ff),
             logits: bump.matrix(Element::F32, n_logit_row, model.n_vocab),

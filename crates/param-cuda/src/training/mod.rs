@@ -25,7 +25,7 @@ mod testing;
 mod view;
 
 pub use adamw::Stretch;
-pub use layout::Plan;
+pub use layout::{Plan, Recompute};
 pub use learner::{Batch, Learner, MemoryPlan, ModelSizes, MuonStack, Optimizer, check};
 pub use model::{ALIGNMENT, BlockPlaces, FfnPlaces, Model, NormPlaces, Place};
 pub use muon::MuonMatrix;

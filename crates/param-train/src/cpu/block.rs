@@ -73,8 +73,8 @@ pub struct Saved {
     qkv: [Values; 3],
     attended: Values,
     middle: Vec<f32>, // after the attention's residual
-    norm2: norm::Saved,
-    ffn: SavedFfn,
+    /// Of the feed-forward half; nothing where it will be computed again.
+    ffn: Option<(norm::Saved, SavedFfn)>,
 }
 
 enum SavedFfn {
@@ -85,25 +85,40 @@ enum SavedFfn {
 
 impl Saved {
     /// Gives the memory back.
-    pub fn give(self, buffers: &mut Buffers) {
-        let Saved { qkv, attended, middle, ffn, .. } = self;
-        let of_ffn = match ffn {
-            SavedFfn::Dense(pre) => vec![pre],
-            SavedFfn::Experts(experts::Saved { pre, y }, _) => vec![pre, y],
-        };
-        qkv.into_iter().chain([attended]).chain(of_ffn).for_each(|values| values.give(buffers));
+    pub fn give(mut self, buffers: &mut Buffers) {
+        self.give_feed_forward(buffers);
+        let Saved { qkv, attended, middle, .. } = self;
+        qkv.into_iter().chain([attended]).for_each(|values| values.give(buffers));
         buffers.give(middle);
+    }
+
+    /// Gives back what is of the feed-forward half: [`Block::backward`] computes it again.
+    pub fn give_feed_forward(&mut self, buffers: &mut Buffers) {
+        match self.ffn.take() {
+            Some((_, SavedFfn::Dense(pre))) => pre.give(buffers),
+            Some((_, SavedFfn::Experts(experts::Saved { pre, y }, _))) => {
+                pre.give(buffers);
+                y.give(buffers);
+            }
+            None => {}
+        }
     }
 }
 
 /// What a block's forward pass leaves.
 pub struct Forward {
-    /// Output, [n_token, n_embd].
-    pub out: Vec<f32>,
     /// For the backward pass.
     pub saved: Saved,
     /// Of an MoE block.
     pub routing: Option<Routing>,
+}
+
+/// What routers need to know of a pass.
+pub struct Choice {
+    /// Draws of the router's noise [n_token, n_expert], if it has any.
+    pub normal: Option<Vec<f32>>,
+    /// Tokens that an expert takes.
+    pub capacity: Capacity,
 }
 
 impl Block {
@@ -134,16 +149,24 @@ impl Block {
         }
     }
 
-    /// The whole block. `normal` [n_token, n_expert] are the draws of the router's noise, if it has any.
+    /// The whole block, its output to `out` [n_token, n_embd] if anyone wants it.
     pub fn forward(
         &self,
         machine: &mut Machine,
         params: &[Vec<f32>],
         x: &[f32], // [n_token, n_embd]
-        normal: Option<Vec<f32>>,
-        capacity: Capacity,
+        choice: Choice,
         pass: Pass,
+        out: Option<&mut [f32]>,
     ) -> Forward {
+        let mut saved = self.attention(machine, params, x, pass);
+        let (ffn, routing) = self.feed_forward(machine, params, &saved.middle, choice, pass, out);
+        saved.ffn = Some(ffn);
+        Forward { saved, routing }
+    }
+
+    /// The attention half.
+    fn attention(&self, machine: &mut Machine, params: &[Vec<f32>], x: &[f32], pass: Pass) -> Saved {
         let config = pass.config;
         let n_embd = config.n_embd;
         let n_token = x.len() / n_embd;
@@ -167,25 +190,44 @@ impl Block {
         let mut middle = machine.buffers.take(x.len());
         let dropout = pass.dropout(Site::AttentionOut);
         self.attn_out.forward_residual(machine, params, &mut middle, x, attended.matrix(), n_embd, dropout.as_ref());
+        normed.give(&mut machine.buffers);
+        Saved { norm1, qkv, attended, middle, ffn: None }
+    }
 
+    /// The feed-forward half after `middle` [n_token, n_embd], its output to `out` if anyone wants it.
+    fn feed_forward(
+        &self,
+        machine: &mut Machine,
+        params: &[Vec<f32>],
+        middle: &[f32],
+        choice: Choice,
+        pass: Pass,
+        out: Option<&mut [f32]>,
+    ) -> ((norm::Saved, SavedFfn), Option<Routing>) {
+        let config = pass.config;
+        let n_embd = config.n_embd;
+        let n_token = middle.len() / n_embd;
+        let mut normed = Values::take(&mut machine.buffers, machine.precision, n_token, n_embd);
         machine.profile.enter(Section::Norm);
-        let mut out = machine.buffers.take(x.len());
         let affine2 = affine(params, self.norm2);
         let dropout = pass.dropout(Site::FfnOut);
         let (norm2, ffn, routing);
         match &self.ffn {
             Ffn::Dense { up, down } => {
-                norm2 = norm::forward(machine, &mut normed, &middle, affine2, config.norm_eps);
+                norm2 = norm::forward(machine, &mut normed, middle, affine2, config.norm_eps);
                 machine.profile.enter(Section::Dense);
                 let n_ff = config.n_ff();
                 let [mut pre, mut hidden] =
                     [(); 2].map(|()| Values::take(&mut machine.buffers, machine.precision, n_token, n_ff));
                 up.forward_activated(machine, params, [&mut pre, &mut hidden], normed.matrix(), config);
-                down.forward_residual(machine, params, &mut out, &middle, hidden.matrix(), n_ff, dropout.as_ref());
+                if let Some(out) = out {
+                    down.forward_residual(machine, params, out, middle, hidden.matrix(), n_ff, dropout.as_ref());
+                }
                 hidden.give(&mut machine.buffers);
                 (ffn, routing) = (SavedFfn::Dense(pre), None);
             }
             Ffn::Experts { router, noise, selection_bias, up, down } => {
+                let Choice { normal, capacity } = choice;
                 let (n_expert, k) = (config.n_expert, config.n_expert_used);
                 let scorer =
                     Scorer { weight: &params[*router], noise: normal.as_ref().and(*noise).map(|at| &params[at][..]) };
@@ -193,7 +235,7 @@ impl Block {
                 let mut scores = vec![0.0; n_token * n_score];
                 let more = (&mut scores[..], n_score);
                 norm2 =
-                    norm::forward_with(machine, &mut normed, &middle, affine2, config.norm_eps, more, |x, scores| {
+                    norm::forward_with(machine, &mut normed, middle, affine2, config.norm_eps, more, |x, scores| {
                         scorer.score(x, n_embd, scores);
                     });
                 machine.profile.enter(Section::Router);
@@ -201,28 +243,32 @@ impl Block {
                 let bias = selection_bias.map(|at| &params[at][..]);
                 let chosen = router::forward(machine, logits, drawn.as_ref(), bias, (k, n_expert), capacity);
                 machine.profile.enter(Section::Experts);
-                out.copy_from_slice(&middle);
                 let weights = expert_weights(params, *up, *down);
                 let of_expert = pass.dropout(Site::Expert);
                 let dropouts = (of_expert.as_ref(), dropout.as_ref());
-                let saved = experts::forward(machine, &mut out, &normed, &weights, &chosen, pass.experts(), dropouts);
+                let out = out.map(|out| {
+                    out.copy_from_slice(middle);
+                    out
+                });
+                let saved = experts::forward(machine, out, &normed, &weights, &chosen, pass.experts(), dropouts);
                 (ffn, routing) = (SavedFfn::Experts(saved, drawn), Some(chosen));
             }
         }
         normed.give(&mut machine.buffers);
         machine.profile.enter(Section::Other);
-        Forward { out, saved: Saved { norm1, qkv, attended, middle, norm2, ffn }, routing }
+        ((norm2, ffn), routing)
     }
 
     /// Turns `dx`, the gradient of the block's output, into that of its input `x`, adds to `grads`, and gives back the memory of
-    /// `saved`. `router_weights` are the factors of the aux and z losses in the total.
+    /// `saved`, or of what is computed again in its place. `router_weights` are the factors of the aux and z losses in the total.
     pub fn backward(
         &self,
         machine: &mut Machine,
         params: &[Vec<f32>],
         grads: &mut [Vec<f32>],
         x: &[f32], // [n_token, n_embd]
-        saved: Saved,
+        saved: Option<Saved>,
+        choice: Choice,
         routing: Option<&Routing>,
         dx: &mut [f32], // [n_token, n_embd]
         router_weights: (f32, f32),
@@ -231,7 +277,9 @@ impl Block {
         let config = pass.config;
         let n_embd = config.n_embd;
         let n_token = x.len() / n_embd;
-        let Saved { norm1, qkv, attended, middle, norm2, ffn } = saved;
+        let saved = saved.unwrap_or_else(|| self.attention(machine, params, x, pass));
+        let Saved { norm1, qkv, attended, middle, ffn } = saved;
+        let (norm2, ffn) = ffn.unwrap_or_else(|| self.feed_forward(machine, params, &middle, choice, pass, None).0);
         let take = |machine: &mut Machine| Values::take(&mut machine.buffers, machine.precision, n_token, n_embd);
         let mut dnormed = machine.buffers.take(dx.len()); // [n_token, n_embd], of a branch's input
         let mut normed = take(machine);

@@ -50,8 +50,8 @@ fn of_expert<'a>(weight: &'a [f32], expert: usize, n_in: usize, n_out: usize) ->
 /// `out[n] += sum over kept choices of weight * expert(x[n])`, dropped once more by `residual`.
 pub fn forward(
     machine: &mut Machine,
-    out: &mut [f32], // [n_token, n_embd]
-    x: &Values,      // [n_token, n_embd]
+    out: Option<&mut [f32]>, // [n_token, n_embd]
+    x: &Values,              // [n_token, n_embd]
     weights: &Weights<&[f32]>,
     routing: &Routing,
     shape: Shape,
@@ -94,6 +94,7 @@ pub fn forward(
         precision.store(kernels, sums, y);
     });
     hidden.give(&mut machine.buffers);
+    let Some(out) = out else { return Saved { pre, y } };
     machine.team.for_each_chunk(out, ROWS * n_embd, |i, out| {
         let [mut sum, mut row] = [(); 2].map(|()| vec![0.0; n_embd]);
         for (token, out) in (i * ROWS..).zip(out.chunks_exact_mut(n_embd)) {

@@ -6,6 +6,7 @@ use param_kernels::{Kernels, Precision, Product, Team, Tile, Workspace, prefetch
 
 use super::buffers::Buffers;
 use super::profile::Profile;
+use crate::settings::Recompute;
 
 /// How a model is computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,14 +15,14 @@ pub struct Compute {
     pub n_thread: usize,
     /// What the factors of matrix products, and the activations kept for the backward pass, are rounded to.
     pub precision: Precision,
-    /// Keeps of each block only its input, and computes the rest again in the backward pass.
-    pub recompute: bool,
+    /// What is computed again in the backward pass.
+    pub recompute: Recompute,
 }
 
 impl Default for Compute {
     /// All the CPUs there are, exact, nothing computed twice.
     fn default() -> Self {
-        Self { n_thread: param_kernels::available_threads(), precision: Precision::F32, recompute: false }
+        Self { n_thread: param_kernels::available_threads(), precision: Precision::F32, recompute: Recompute::Nothing }
     }
 }
 

@@ -27,6 +27,7 @@ use param_model::{Config, Part, TensorSpec, tensors};
 use rand_distr::{Distribution, StandardNormal};
 
 use crate::random::{Key, Site};
+use crate::settings::Recompute;
 use block::{Block, Saved};
 use dropout::Dropout;
 pub use head::CrossEntropy;
@@ -45,7 +46,7 @@ pub struct Model {
     index: HashMap<(Part, Option<usize>), usize>,
     blocks: Vec<Block>,
     machine: Machine,
-    recompute: bool,
+    recompute: Recompute,
 }
 
 /// Token sequences of equal length.
@@ -244,7 +245,7 @@ impl Model {
         let (token, n_embd) = (self.at(Part::TokenEmbd), self.config.n_embd);
         let (norm_scale, norm_shift) = (self.at(Part::OutputNormScale), self.at(Part::OutputNormShift));
         let position = self.at(Part::PositionEmbd);
-        let Self { config, blocks, machine, .. } = self;
+        let Self { config, blocks, machine, recompute, .. } = self;
         machine.profile.enter(Section::Head);
         let x = forward.xs.pop().expect("the last block's output"); // [n_token, n_embd]
         let mut dnormed = machine.buffers.take(x.len()); // [n_token, n_embd]
@@ -266,14 +267,13 @@ impl Model {
             let pass = block::Pass { config, sequences, dropout: mode.dropout, index };
             let x = forward.xs.pop().expect("an input of every block");
             let saved = forward.saved.pop().expect("an entry of every block");
-            let saved = saved.unwrap_or_else(|| {
-                let normal = mode.noise.normal(config, index, sequences.ids.len());
-                let again = blocks[index].forward(machine, params, &x, normal, mode.capacity, pass);
-                machine.buffers.give(again.out);
-                again.saved
-            });
+            let normal = match recompute {
+                Recompute::Nothing => None,
+                Recompute::FeedForward | Recompute::Blocks => mode.noise.normal(config, index, sequences.ids.len()),
+            };
+            let choice = block::Choice { normal, capacity: mode.capacity };
             let routing = forward.routings[index].as_ref();
-            blocks[index].backward(machine, params, grads, &x, saved, routing, &mut dx, weights, pass);
+            blocks[index].backward(machine, params, grads, &x, saved, choice, routing, &mut dx, weights, pass);
             machine.buffers.give(x);
         }
         machine.profile.enter(Section::Embedding);
@@ -303,16 +303,22 @@ impl Model {
         }
         let (mut xs, mut all_saved, mut routings) = (Vec::new(), Vec::new(), Vec::new());
         for (index, block) in self.blocks.iter().enumerate() {
-            let normal = mode.noise.normal(config, index, n_token);
+            let choice = block::Choice { normal: mode.noise.normal(config, index, n_token), capacity: mode.capacity };
             let pass = block::Pass { config, sequences, dropout: mode.dropout, index };
-            let block::Forward { out, saved, routing } =
-                block.forward(machine, params, &x, normal, mode.capacity, pass);
+            let mut out = machine.buffers.take(x.len());
+            let block::Forward { mut saved, routing } =
+                block.forward(machine, params, &x, choice, pass, Some(&mut out));
             let input = std::mem::replace(&mut x, out);
-            let kept = if keep && !*recompute {
-                Some(saved)
-            } else {
-                saved.give(&mut machine.buffers);
-                None
+            let kept = match *recompute {
+                Recompute::Nothing if keep => Some(saved),
+                Recompute::FeedForward if keep => {
+                    saved.give_feed_forward(&mut machine.buffers);
+                    Some(saved)
+                }
+                _ => {
+                    saved.give(&mut machine.buffers);
+                    None
+                }
             };
             if keep {
                 xs.push(input);

@@ -5,6 +5,7 @@ use param_model::{Config, tensors};
 use super::head;
 use super::machine::Compute;
 use crate::optimizer::Group;
+use crate::settings::Recompute;
 
 /// Bytes by what they hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,20 +32,27 @@ impl Memory {
         let rows = n_token * d;
         let k = config.n_expert_used;
         // Input and what follows the attention in f32; queries, keys, values, and what was attended.
-        let block = |is_moe: bool| {
-            let ffn = if is_moe { values(n_token * k * n_ff) + values(k * rows) } else { values(n_token * n_ff) };
-            f32s(rows) + 4 * values(rows) + ffn
+        let ffn = |is_moe: bool| {
+            if is_moe { values(n_token * k * n_ff) + values(k * rows) } else { values(n_token * n_ff) }
         };
-        let blocks = (0..config.n_layer).map(|i| block(config.is_moe(i))).sum::<u64>();
+        let attention = f32s(rows) + 4 * values(rows);
+        let blocks = |of: &dyn Fn(bool) -> u64| (0..config.n_layer).map(|i| of(config.is_moe(i))).sum::<u64>();
         let inputs = f32s(rows) * (config.n_layer as u64 + 1);
-        let activations = inputs + if compute.recompute { 0 } else { blocks };
+        let activations = inputs
+            + match compute.recompute {
+                Recompute::Nothing => blocks(&|is_moe| attention + ffn(is_moe)),
+                Recompute::FeedForward => blocks(&|_| attention),
+                Recompute::Blocks => 0,
+            };
         // Each kind of block has buffers of its own sizes: hidden rows and their gradients, and those of the kept choices.
         let is = |is_moe: bool| u64::from((0..config.n_layer).any(|i| config.is_moe(i) == is_moe));
         let of_experts = 2 * values(n_token * k * n_ff) + f32s(k * rows);
         let wide = is(true) * of_experts + is(false) * 2 * values(n_token * n_ff);
+        let ffns = is(true) * ffn(true) + is(false) * ffn(false);
         let again = match compute.recompute {
-            true => is(true) * block(true) + is(false) * values(n_token * n_ff),
-            false => 0,
+            Recompute::Nothing => 0,
+            Recompute::FeedForward => ffns,
+            Recompute::Blocks => attention + ffns,
         };
         let n_logit = head::rows_per_chunk(config.n_vocab).min(n_token) * config.n_vocab;
         let mut working = wide + again + 3 * f32s(rows) + 6 * values(rows) + f32s(n_logit) + values(n_logit);

@@ -15,6 +15,7 @@ use crate::init::initialise;
 use crate::optimizer::Group;
 use crate::random::{Key, stream};
 use crate::recipe::Recipe;
+use crate::settings::Recompute;
 
 fn config() -> Config {
     Config {
@@ -237,8 +238,10 @@ fn what_is_computed_again_is_the_same() {
     for precision in [Precision::F32, Precision::Bf16] {
         let compute = Compute { precision, ..Compute::default() };
         let (kept, kept_grads, _) = step(&config, compute);
-        let (again, again_grads, _) = step(&config, Compute { recompute: true, ..compute });
-        assert!(kept.total(&config) == again.total(&config) && kept_grads == again_grads);
+        for recompute in [Recompute::FeedForward, Recompute::Blocks] {
+            let (again, again_grads, _) = step(&config, Compute { recompute, ..compute });
+            assert!(kept.total(&config) == again.total(&config) && kept_grads == again_grads, "{recompute:?}");
+        }
     }
 }
 
@@ -262,9 +265,14 @@ fn gradients_in_bf16_are_near() {
 /// counted.
 #[test]
 fn a_step_needs_what_was_planned() {
-    for (precision, recompute, n_expert) in
-        [(Precision::F32, false, 4), (Precision::Bf16, false, 4), (Precision::F32, true, 4), (Precision::F32, false, 1)]
-    {
+    for (precision, recompute, n_expert) in [
+        (Precision::F32, Recompute::Nothing, 4),
+        (Precision::Bf16, Recompute::Nothing, 4),
+        (Precision::F32, Recompute::FeedForward, 4),
+        (Precision::F32, Recompute::Blocks, 4),
+        (Precision::F32, Recompute::Nothing, 1),
+        (Precision::F32, Recompute::FeedForward, 1),
+    ] {
         let config = Config {
             n_embd: 96,
             n_expert,
@@ -281,7 +289,7 @@ fn a_step_needs_what_was_planned() {
         let plan = Memory::plan(&config, &groups, compute, (3, 40));
         let (planned, used) = (plan.activations + plan.working, model.machine.buffers.n_byte());
         assert!(planned.abs_diff(used) <= used / 10, "{compute:?}: planned {planned}, used {used}");
-        if !recompute {
+        if recompute == Recompute::Nothing {
             let counted =
                 Section::ALL.iter().map(|&section| model.profile().spent(section).operations).sum::<f64>() / 120.0;
             // Scores are computed once more in the backward pass, as flash attention does.

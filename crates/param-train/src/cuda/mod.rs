@@ -19,7 +19,7 @@ use crate::data::Batch;
 use crate::error::Error;
 use crate::optimizer::{Group, Moments, polynomials};
 use crate::random::Key;
-use crate::settings::{Dtype, Settings};
+use crate::settings::{Dtype, Recompute, Settings};
 use noise::Noise;
 use places::Places;
 
@@ -94,7 +94,11 @@ fn plan(config: &Config, settings: &Settings) -> Plan {
         n_row: settings.batch_size.max(config.n_ctx.div_ceil(settings.context)),
         n_col: settings.context,
         trains: true,
-        recompute: settings.recompute,
+        recompute: match settings.recompute {
+            Recompute::Nothing => training::Recompute::Nothing,
+            Recompute::FeedForward => training::Recompute::FeedForward,
+            Recompute::Blocks => training::Recompute::Blocks,
+        },
     }
 }
 

@@ -14,7 +14,7 @@ use crate::init::initialise;
 use crate::learner::Learner;
 use crate::random::stream;
 use crate::recipe::Recipe;
-use crate::settings::Dropping;
+use crate::settings::{Dropping, Recompute};
 use crate::spikes;
 
 /// The emulation runs one test at a time: each keeps both cores busy.
@@ -161,8 +161,10 @@ fn gradients_are_the_cpus_with_padding_and_dropped_choices() {
 #[test]
 fn gradients_are_the_cpus_within_documents_and_computed_again() {
     let config = Config { dropout: 0.1, use_noisy_top_k: false, ..config() };
-    let settings = Settings { isolate_documents: true, recompute: true, ..settings(&config) };
-    check(&config, &settings, Rows::Isolated, F32);
+    for recompute in [Recompute::FeedForward, Recompute::Blocks] {
+        let settings = Settings { isolate_documents: true, recompute, ..settings(&config) };
+        check(&config, &settings, Rows::Isolated, F32);
+    }
 }
 
 #[test]

@@ -5,8 +5,8 @@ use crate::error::Result;
 use crate::stream::Stream;
 use crate::training::attention::AttentionInputs;
 use crate::training::dropout::Dropped;
-use crate::training::layout::{Backward, Experts, KeptFfn, MatrixSpan, Span, Statistics};
-use crate::training::model::{BlockPlaces, FfnPlaces, Model, NormPlaces, Place};
+use crate::training::layout::{Backward, Experts, KeptFfn, MatrixSpan, Recompute, Span, Statistics};
+use crate::training::model::{FfnPlaces, Model, NormPlaces, Place};
 use crate::training::norm::Scores;
 use crate::training::numbers::Numbers;
 use crate::training::product::{Factor, Groups, Write};
@@ -207,23 +207,17 @@ impl Learner {
         let weight = Factor::transposed(self.weight(&block.out, d, d));
         let write = Write::Residual { out: middle, residual: self.rows(x, n), bias, dropout };
         self.multiply(stream, attended.into(), weight, Groups::One, write)?;
-        self.feed_forward(stream, pass, index, block, out)
+        self.feed_forward(stream, pass, index, out)
     }
 
-    fn feed_forward(
-        &self,
-        stream: &Stream,
-        pass: Pass,
-        index: usize,
-        block: &BlockPlaces,
-        out: Option<MatrixSpan>,
-    ) -> Result<()> {
+    /// Its feed-forward half.
+    fn feed_forward(&self, stream: &Stream, pass: Pass, index: usize, out: Option<MatrixSpan>) -> Result<()> {
         let Model { n_embd: d, n_ff, n_expert, .. } = self.model;
-        let (n, kept) = (pass.n_token(), &self.layout.kept[index]);
+        let (n, block, kept) = (pass.n_token(), &self.model.blocks[index], &self.layout.kept[index]);
         let bias = |place: &Option<Place>| place.as_ref().map(|place| self.param(place));
         let middle = self.floats(kept.middle, n);
         let normed = self.rows(self.layout.normed, n);
-        match (&block.ffn, &kept.ffn) {
+        match (&block.ffn, &self.layout.kept_ffn[index]) {
             (FfnPlaces::Dense { up, up_bias, down, down_bias }, KeptFfn::Dense { pre }) => {
                 self.normalize(stream, middle, n, &block.norm2, kept.norm2, None)?;
                 self.mark(stream, Part::Dense)?;
@@ -355,8 +349,10 @@ impl Learner {
         let last = self.floats(self.x(n_block), n);
         self.normalize_backward(stream, last, n, &self.model.output_norm, self.layout.output_norm)?;
         for index in (0..n_block).rev() {
-            if self.plan.recompute {
-                self.block(stream, pass, index, None)?;
+            match self.plan.recompute {
+                Recompute::Nothing => {}
+                Recompute::FeedForward => self.feed_forward(stream, pass, index, None)?,
+                Recompute::Blocks => self.block(stream, pass, index, None)?,
             }
             self.feed_forward_backward(stream, pass, index)?;
             self.attention_backward(stream, pass, index)?;
@@ -388,7 +384,7 @@ impl Learner {
         let dnormed = self.rows(memory.dnormed, n);
         // The normalised rows were not kept: one more pass over them costs less than their memory.
         self.normalize(stream, middle, n, &block.norm2, kept.norm2, None)?;
-        match (&block.ffn, &kept.ffn) {
+        match (&block.ffn, &self.layout.kept_ffn[index]) {
             (FfnPlaces::Dense { up, up_bias, down, down_bias }, KeptFfn::Dense { pre }) => {
                 self.mark(stream, Part::Dense)?;
                 let dropout = self.draw(stream, pass, index, Site::FfnOut, n * d, false)?;
