@@ -81,6 +81,10 @@ fn build() -> Result<(), String> {
     }
     source::link(&cxx, &objects, &out.join("libcuda.so"), false)?;
 
+    let object = out.join("emulation").join("cublaslt.o");
+    source::compile(&cxx, &cpp.join("cublaslt.cpp"), &object, false)?;
+    source::link(&cxx, &[object], &out.join("libcublasLt.so"), false)?;
+
     // A driver so old that it knows no call but these two.
     let old = out.join("old");
     let object = old.join("old.o");

@@ -214,6 +214,9 @@ pub struct Training {
     /// What matrix products are computed in [default: f32]
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<DtypeName>,
+    /// Keep dense products of a GPU in bf16 or tf32 to kernels of this program, where NVIDIA's cuBLASLt is found as well
+    #[arg(long)]
+    pub no_cublaslt: bool,
     /// Compute again in the backward pass what would have been kept for it, for less memory: of every block, or of its feed-forward half
     #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "blocks")]
     pub recompute: Option<RecomputeName>,
@@ -526,6 +529,7 @@ impl Training {
             DtypeName::Bf16 => Dtype::Bf16,
         });
         set(&mut s.dtype, dtype);
+        set(&mut s.cublaslt, self.no_cublaslt.then_some(false));
         let recompute = self.recompute.map(|name| match name {
             RecomputeName::Nothing => Recompute::Nothing,
             RecomputeName::FeedForward => Recompute::FeedForward,

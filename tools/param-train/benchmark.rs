@@ -8,6 +8,7 @@ use param_train::benchmark::benchmark;
 use serde_json::json;
 
 use param_train::settings::Settings;
+use param_train::{Device, cuda};
 
 use crate::args::Flags;
 use crate::{device, profile};
@@ -29,6 +30,7 @@ pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
         "device": device.to_string(),
         "threads": flags.n_thread(),
         "dtype": settings.dtype,
+        "cublaslt": matches!(device, Device::Cuda { .. }).then(|| cuda::cublaslt_version(&settings)).flatten(),
         "batch": settings.batch_size,
         "context": settings.context,
         "tok/s": rounded(median),

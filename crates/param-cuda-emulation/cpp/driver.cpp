@@ -40,7 +40,7 @@ Thread& thread() {
     if (!thread().has_context) return INVALID_CONTEXT
 
 struct Work {
-    enum { LAUNCH, COPY, FILL } kind;
+    enum { LAUNCH, COPY, FILL, HOST } kind;
     // LAUNCH
     Kernel* kernel;
     Launch shape;
@@ -53,6 +53,9 @@ struct Work {
     size_t n;
     u32 value;
     int value_bytes;
+    // HOST
+    void (*function)(void*);
+    void* data;
 };
 struct Graph {
     std::vector<Work> work;
@@ -98,6 +101,7 @@ CUresult perform(const Work& w) {
     case Work::FILL:
         for (size_t i = 0; i < w.n; i++) memcpy((u8*)w.to + i * w.value_bytes, &w.value, (size_t)w.value_bytes);
         return SUCCESS;
+    case Work::HOST: w.function(w.data); return SUCCESS;
     }
     return UNKNOWN;
 }
@@ -650,6 +654,14 @@ API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, void* function,
 }
 API CUresult cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, void* function, int block, size_t shared, u32) {
     return cuOccupancyMaxActiveBlocksPerMultiprocessor(n, function, block, shared);
+}
+
+API CUresult cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
+    IN_CONTEXT(cuLaunchHostFunc);
+    if (!function) return INVALID_VALUE;
+    Work w = Work();
+    w.kind = Work::HOST, w.function = function, w.data = data;
+    return enqueue(stream, std::move(w));
 }
 
 static CUresult launch(void* function, Index grid, Index block, u32 shared, void* stream, void** arguments, bool cooperative) {

@@ -61,6 +61,21 @@ pub fn preload() {
     }
 }
 
+/// [`preload`]s, and loads an emulated `libcublasLt.so` besides, for good.
+///
+/// # Panics
+/// If a library cannot be loaded.
+pub fn preload_cublaslt() {
+    static LOADED: OnceLock<Library> = OnceLock::new();
+    preload();
+    if !is_real() {
+        let path = folder().join("libcublasLt.so");
+        // SAFETY: the library has no constructors; what it calls of the driver was loaded before.
+        let open = || unsafe { Library::open(Some(&path), RTLD_NOW | RTLD_GLOBAL) };
+        LOADED.get_or_init(|| open().unwrap_or_else(|e| panic!("{}: {e}", path.display())));
+    }
+}
+
 fn library() -> &'static Library {
     static LOADED: OnceLock<Library> = OnceLock::new();
     LOADED.get_or_init(|| {

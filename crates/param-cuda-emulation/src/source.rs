@@ -67,12 +67,14 @@ pub fn compile_kernels(
     compile(cxx, &rewritten, object, sanitize)
 }
 
-/// Links objects into a library that the loader takes for the driver's.
+/// Links objects into a library that the loader takes for the one of its name.
 pub fn link(cxx: &Compiler, objects: &[PathBuf], library: &Path, sanitize: bool) -> Result<(), String> {
     let mut command = compiler(cxx, sanitize);
     // Not unloaded: destructors of what threads own lie in it.
+    let name = library.file_name().unwrap_or_default().to_string_lossy();
     command
-        .args(["-shared", "-Wl,-soname,libcuda.so", "-Wl,-Bsymbolic", "-Wl,-z,nodelete", "-pthread"])
+        .args(["-shared", "-Wl,-Bsymbolic", "-Wl,-z,nodelete", "-pthread"])
+        .arg(format!("-Wl,-soname,{name}"))
         .args(objects)
         .arg("-o")
         .arg(library);

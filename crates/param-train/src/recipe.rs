@@ -48,6 +48,7 @@ impl Recipe {
             no_decay: Vec::new(),
             spikes: None,
             dtype: Dtype::F32,
+            cublaslt: true,
             recompute: Recompute::Nothing,
             clip: 1.0,
             dropping: Dropping::Never,

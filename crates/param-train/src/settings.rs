@@ -126,6 +126,9 @@ pub struct Settings {
     /// What matrix products are computed in.
     #[serde(default)]
     pub dtype: Dtype,
+    /// Whether dense products of a GPU may be NVIDIA's cuBLASLt's, where its library is found.
+    #[serde(default = "yes")]
+    pub cublaslt: bool,
     /// What is computed again in the backward pass.
     #[serde(default, deserialize_with = "recompute")]
     pub recompute: Recompute,

@@ -23,6 +23,8 @@ const LOGIT_ROWS: usize = 128;
 pub struct Plan {
     /// Of matrix products.
     pub arithmetic: Arithmetic,
+    /// Whether cuBLASLt takes plain dense products where its library is found; it changes no memory.
+    pub cublaslt: bool,
     /// Sequences of a batch at most.
     pub n_row: usize,
     /// Tokens of a sequence at most.

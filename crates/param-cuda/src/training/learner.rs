@@ -291,8 +291,9 @@ impl Learner {
         let head_dim = model.n_embd / model.n_head;
         let element = plan.element();
         let layout = layout_of(&model, &plan);
+        let products = Products::new(gpu, plan.arithmetic)?;
         let operations = Operations {
-            products: Products::new(gpu, plan.arithmetic)?,
+            products: if plan.cublaslt { products.with_cublaslt(gpu)? } else { products },
             attention: Attention::new(gpu, element, head_dim)?,
             norm: Norm::new(gpu)?,
             embedding: Embedding::new(gpu)?,

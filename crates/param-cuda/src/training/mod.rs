@@ -5,6 +5,7 @@ mod attention;
 mod column_sums;
 mod convert;
 mod cross_entropy;
+mod cublaslt;
 mod dispatch;
 mod dropout;
 mod embedding;
@@ -25,6 +26,7 @@ mod testing;
 mod view;
 
 pub use adamw::Stretch;
+pub use cublaslt::cublaslt_version;
 pub use layout::{Plan, Recompute};
 pub use learner::{Batch, Learner, MemoryPlan, ModelSizes, MuonStack, Optimizer, check};
 pub use model::{ALIGNMENT, BlockPlaces, FfnPlaces, Model, NormPlaces, Place};

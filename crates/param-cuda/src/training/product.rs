@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
+use super::cublaslt::CublasLt;
 use super::{Dropped, Element, Rows, View};
 use crate::args;
 use crate::error::Result;
@@ -278,10 +279,10 @@ struct Plan {
 
 /// What is multiplied, in numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Shape {
-    m: usize,
-    n: usize,
-    k: usize,
+pub(super) struct Shape {
+    pub m: usize,
+    pub n: usize,
+    pub k: usize,
     /// Matrices of C.
     n_matrix: usize,
     /// Rows of C are those of [`Groups::Rows`], in that many groups.
@@ -293,7 +294,7 @@ struct Shape {
 impl Shape {
     /// # Panics
     /// Where factors and groups do not fit each other.
-    fn new(a: &Factor, b: &Factor, groups: Groups) -> Self {
+    pub(super) fn new(a: &Factor, b: &Factor, groups: Groups) -> Self {
         let ((a_row, a_col), (b_row, b_col)) = (a.stored(), b.stored());
         assert!(b.gather.is_none(), "rows of B are not gathered");
         let each = |n_row: usize, n: usize| {
@@ -348,6 +349,7 @@ impl Shape {
 #[derive(Clone, Debug)]
 pub struct Products {
     arithmetic: Arithmetic,
+    cublaslt: Option<Arc<CublasLt>>,
     /// Of [`TILES`], by whether A is transposed, and B.
     kernels: [[[Kernel; 2]; 2]; 2],
     parts: Kernel,
@@ -386,7 +388,15 @@ impl Products {
         };
         let parts =
             Module::load(gpu, include_str!("../../ptx/train_product_parts.ptx"))?.kernel("train_product_parts")?;
-        Ok(Self { arithmetic, kernels: kernels?, parts, n_multiprocessor: gpu.n_multiprocessor() })
+        Ok(Self { arithmetic, cublaslt: None, kernels: kernels?, parts, n_multiprocessor: gpu.n_multiprocessor() })
+    }
+
+    /// The same, but plain dense products by cuBLASLt where its library is found, for which these kernels stand in otherwise.
+    ///
+    /// # Errors
+    /// [`crate::Error::Call`]: a library that was found and fails.
+    pub fn with_cublaslt(self, gpu: &Arc<Gpu>) -> Result<Self> {
+        Ok(Self { cublaslt: CublasLt::open(gpu, self.arithmetic)?.map(Arc::new), ..self })
     }
 
     /// Elements of the workspace with which [`Write::Replace`] and [`Write::Add`] are fastest. With fewer, or none, they are right as well.
@@ -444,6 +454,11 @@ impl Products {
         write: Write,
         workspace: Option<View<f32>>,
     ) -> Result<()> {
+        if let Some(cublaslt) = &self.cublaslt
+            && cublaslt.compute(stream, (a, b), groups, write, workspace)?
+        {
+            return Ok(());
+        }
         let shape = Shape::new(&a, &b, groups);
         let room = if matches!(write, Write::Replace(_) | Write::Add(_)) { workspace.map_or(0, View::len) } else { 0 };
         let plan = self.plan(shape, room, matches!(write, Write::Symmetric { .. }));

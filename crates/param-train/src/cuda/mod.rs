@@ -90,6 +90,7 @@ fn input<'a>(batch: &'a Batch, config: &Config, capacity: Capacity, normal: Opti
 fn plan(config: &Config, settings: &Settings) -> Plan {
     Plan {
         arithmetic: arithmetic(settings),
+        cublaslt: settings.cublaslt,
         // Samples need one row of all positions.
         n_row: settings.batch_size.max(config.n_ctx.div_ceil(settings.context)),
         n_col: settings.context,
@@ -114,6 +115,11 @@ pub fn memory(config: &Config, settings: &Settings) -> Result<Memory, Error> {
     let MemoryPlan { parameters, gradients, moments, activations, working } =
         MemoryPlan::new(&places.model, &plan(config, settings), &optimizer);
     Ok(Memory { parameters, gradients, moments, activations, working })
+}
+
+/// The version of cuBLASLt that dense products under `settings` are left to, as the library has it (120304 is 12.3.4), if any.
+pub fn cublaslt_version(settings: &Settings) -> Option<usize> {
+    (settings.cublaslt && settings.dtype != Dtype::F32).then(training::cublaslt_version).flatten()
 }
 
 /// Operations a second that matrix products under `settings` could reach at best on `gpu`; 0 where that is not known.

@@ -182,9 +182,12 @@ fn gradients_are_the_cpus_for_every_other_shape_of_model() {
 /// Bounds: 3e-2 for factors of 8 bits, 3e-3 for those of 11.
 #[test]
 fn gradients_in_bf16_and_tf32_are_near() {
+    param_cuda_emulation::preload_cublaslt();
     let config = Config { n_expert_used: 4, ..config() };
     for (dtype, bound) in [(Dtype::Bf16, 3e-2), (Dtype::Tf32, 3e-3)] {
-        check(&config, &Settings { dtype, ..settings(&config) }, Rows::Whole, bound);
+        for cublaslt in [true, false] {
+            check(&config, &Settings { dtype, cublaslt, ..settings(&config) }, Rows::Whole, bound);
+        }
     }
 }
 
