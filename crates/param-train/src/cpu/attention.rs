@@ -1,4 +1,4 @@
-//! Causal multi-head attention, forward and backward, in tiles of queries that see only the keys they may: the
+//! Causal multi-head attention, forward and backward, in tiles of queries that meet only the keys that one of them sees: the
 //! probabilities are made again in the backward pass, never kept.
 
 use std::ops::Range;
@@ -28,11 +28,6 @@ pub struct Shape {
 }
 
 impl Shape {
-    /// Operations of one product over all heads: each query with the keys it sees.
-    fn n_operation(self) -> f64 {
-        (self.n_row * self.n_head * self.head_dim) as f64 * (self.n_col * (self.n_col + 1)) as f64
-    }
-
     fn tiles(self) -> impl Iterator<Item = Range<usize>> {
         (0..self.n_col).step_by(TILE).map(move |first| first..self.n_col.min(first + TILE))
     }
@@ -73,6 +68,14 @@ struct Head<'a> {
 }
 
 impl<'a> Inputs<'a> {
+    /// Operations of one product over all heads: each query with the keys it sees.
+    fn n_operation(&self) -> f64 {
+        let Shape { n_row, n_col, n_head, head_dim } = self.shape;
+        let n_hidden = self.first.map_or(0.0, |first| first.iter().map(|&first| f64::from(first)).sum());
+        let n_seen = (n_row * n_col * (n_col + 1)) as f64 / 2.0 - n_hidden;
+        2.0 * (n_head * head_dim) as f64 * n_seen
+    }
+
     fn head(&self, row: usize, head: usize, precision: Precision) -> Head<'a> {
         let shape = self.shape;
         let [q, k, v] = [0, 1, 2].map(|i| part(&self.qkv[i], shape, row, head));
@@ -90,14 +93,21 @@ fn part(x: &Values, shape: Shape, row: usize, head: usize) -> Matrix<'_> {
 }
 
 impl Head<'_> {
-    /// Gives `each(query within the tile, probabilities)` those of a tile of queries over the keys up to the tile's end.
+    /// The keys that any of a tile of queries sees.
+    fn keys(&self, tile: &Range<usize>) -> Range<usize> {
+        let first = self.first.and_then(|first| first[tile.clone()].iter().min());
+        first.map_or(0, |&first| first as usize)..tile.end
+    }
+
+    /// Gives `each(query within the tile, probabilities)` those of a tile of queries over the [`Head::keys`] that it sees.
     fn probabilities(&self, tile: Range<usize>, workspace: &mut Workspace, mut each: impl FnMut(usize, &mut [f32])) {
         let scale = 1.0 / (self.shape.head_dim as f32).sqrt();
-        let product = Product::new(self.precision, self.q.rows(tile.clone()).factor(), self.k.rows(0..tile.end).t());
-        product.compute(self.kernels, 0..tile.len(), 0..tile.end, workspace, |i, scores| {
+        let keys = self.keys(&tile);
+        let product = Product::new(self.precision, self.q.rows(tile.clone()).factor(), self.k.rows(keys.clone()).t());
+        product.compute(self.kernels, 0..tile.len(), 0..keys.len(), workspace, |i, scores| {
             let query = tile.start + i;
             let first = self.first.map_or(0, |first| first[query] as usize);
-            let (before, rest) = scores.split_at_mut(first);
+            let (before, rest) = scores.split_at_mut(first - keys.start);
             let (seen, after) = rest.split_at_mut(query + 1 - first);
             before.fill(0.0);
             after.fill(0.0);
@@ -112,18 +122,18 @@ impl Head<'_> {
         });
     }
 
-    /// Drops probabilities of query `query`, or their gradients.
-    fn drop(&self, query: usize, row: &mut [f32]) {
+    /// Drops probabilities of query `query` over the keys from `first` on, or their gradients.
+    fn drop(&self, query: usize, first: usize, row: &mut [f32]) {
         if let Some(dropout) = self.dropout {
             let n_col = self.shape.n_col;
-            dropout.apply((self.number * n_col + query) * n_col, row);
+            dropout.apply((self.number * n_col + query) * n_col + first, row);
         }
     }
 }
 
 /// Attention's output in `out` [n_row, n_col, n_embd].
 pub fn forward(machine: &mut Machine, inputs: &Inputs, out: &mut Values) {
-    machine.profile.add_operations(2.0 * inputs.shape.n_operation());
+    machine.profile.add_operations(2.0 * inputs.n_operation());
     let (shape, precision) = (inputs.shape, machine.precision);
     let n_word = out.n_word();
     each_head(machine, shape, [&mut out.words], n_word, |scratch, row, head, mut tile| {
@@ -131,13 +141,14 @@ pub fn forward(machine: &mut Machine, inputs: &Inputs, out: &mut Values) {
         let n_p = TILE.min(shape.n_col) * precision.words(shape.n_col); // [n_query, n_key]
         let (workspace, _, [p, _]) = scratch.buffers([0; 3], [n_p, 0]);
         for queries in shape.tiles() {
-            let n_word = precision.words(queries.end);
+            let keys = head.keys(&queries);
+            let n_word = precision.words(keys.len());
             head.probabilities(queries.clone(), workspace, |i, row| {
-                head.drop(queries.start + i, row);
+                head.drop(queries.start + i, keys.start, row);
                 precision.store(head.kernels, row, &mut p[i * n_word..(i + 1) * n_word]);
             });
-            let p = Matrix::new(precision, &p[..queries.len() * n_word], queries.len(), queries.end);
-            let product = Product::new(precision, p.factor(), head.v.rows(0..queries.end).factor());
+            let p = Matrix::new(precision, &p[..queries.len() * n_word], queries.len(), keys.len());
+            let product = Product::new(precision, p.factor(), head.v.rows(keys).factor());
             product.compute(head.kernels, 0..queries.len(), 0..shape.head_dim, workspace, |i, sums| {
                 precision.store(head.kernels, sums, tile.rows_mut(row * shape.n_col + queries.start + i)[0]);
             });
@@ -162,7 +173,7 @@ fn each_head<const N: usize>(
 
 /// Gradients of [`forward`] given `dout`: replaces those of queries, keys and values.
 pub fn backward(machine: &mut Machine, inputs: &Inputs, out: &Values, dout: &Values, dqkv: &mut [Values; 3]) {
-    machine.profile.add_operations(5.0 * inputs.shape.n_operation());
+    machine.profile.add_operations(5.0 * inputs.n_operation());
     let (shape, precision) = (inputs.shape, machine.precision);
     let Shape { n_col, head_dim, .. } = shape;
     let n_word = out.n_word();
@@ -181,18 +192,19 @@ pub fn backward(machine: &mut Machine, inputs: &Inputs, out: &Values, dout: &Val
         dv.fill(0.0);
         let [mut o, mut d] = [(); 2].map(|()| vec![0.0; head_dim]);
         for queries in shape.tiles() {
-            let (n_query, n_key) = (queries.len(), queries.end);
+            let keys = head.keys(&queries);
+            let (n_query, n_key) = (queries.len(), keys.len());
             let n_word = precision.words(n_key);
             let words = |i: usize| i * n_word..(i + 1) * n_word;
             head.probabilities(queries.clone(), workspace, |i, row| {
                 p[i * n_key..(i + 1) * n_key].copy_from_slice(row);
-                head.drop(queries.start + i, row);
+                head.drop(queries.start + i, keys.start, row);
                 precision.store(kernels, row, &mut weights[words(i)]);
             });
             let dout_tile = dout_head.rows(queries.clone());
-            let product = Product::new(precision, dout_tile.factor(), head.v.rows(0..n_key).t());
+            let product = Product::new(precision, dout_tile.factor(), head.v.rows(keys.clone()).t());
             product.compute(kernels, 0..n_query, 0..n_key, workspace, |i, dp| {
-                head.drop(queries.start + i, dp);
+                head.drop(queries.start + i, keys.start, dp);
                 // The softmax's own term, sum_j p_j dp_j, equals the product of output and its gradient (Dao 2022).
                 let token = row * n_col + queries.start + i;
                 out.load(token, columns.clone(), &mut o);
@@ -207,13 +219,13 @@ pub fn backward(machine: &mut Machine, inputs: &Inputs, out: &Values, dout: &Val
                 [&*weights, &*ds].map(|words| Matrix::new(precision, &words[..n_query * n_word], n_query, n_key));
             let to_values = Product::new(precision, weights.t(), dout_tile.factor());
             to_values.compute(kernels, 0..n_key, 0..head_dim, workspace, |key, sums| {
-                kernels.axpy(1.0, sums, &mut dv[key * head_dim..][..head_dim]);
+                kernels.axpy(1.0, sums, &mut dv[(keys.start + key) * head_dim..][..head_dim]);
             });
             let to_keys = Product::new(precision, ds.t(), head.q.rows(queries.clone()).factor());
             to_keys.compute(kernels, 0..n_key, 0..head_dim, workspace, |key, sums| {
-                kernels.axpy(1.0, sums, &mut dk[key * head_dim..][..head_dim]);
+                kernels.axpy(1.0, sums, &mut dk[(keys.start + key) * head_dim..][..head_dim]);
             });
-            let to_queries = Product::new(precision, ds.factor(), head.k.rows(0..n_key).factor());
+            let to_queries = Product::new(precision, ds.factor(), head.k.rows(keys).factor());
             to_queries.compute(kernels, 0..n_query, 0..head_dim, workspace, |i, sums| {
                 precision.store(kernels, sums, tile.rows_mut(row * n_col + queries.start + i)[0]);
             });
