@@ -90,7 +90,7 @@ template <int BM, int BN> DEVICE Place find_place(const Product& p, u32 tile_k) 
         at.k_end = min(at.k_begin + each * tile_k, at.k_end);
     }
     bool is_nothing = p.write == WRITE_ADD && at.k_begin == at.k_end;
-    bool is_copied = p.write == WRITE_SYMMETRIC && row_tile > col_tile;
+    bool is_copied = p.write == WRITE_SYMMETRIC && at.row >= at.col + BN;
     if (is_nothing || is_copied) at.n_row = 0;
     return at;
 }
