@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use bytemuck::Pod;
 
 use super::model::{BlockPlaces, Model};
-use super::product::Arithmetic;
+use super::product::{Arithmetic, Matmul};
 use super::view::{Element, Rows, View};
 use crate::memory::Buffer;
 
@@ -23,6 +23,8 @@ const LOGIT_ROWS: usize = 128;
 pub struct Plan {
     /// Of matrix products.
     pub arithmetic: Arithmetic,
+    /// How they are multiplied; it changes no memory.
+    pub matmul: Matmul,
     /// Sequences of a batch at most.
     pub n_row: usize,
     /// Tokens of a sequence at most.

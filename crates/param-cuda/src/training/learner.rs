@@ -292,7 +292,7 @@ impl Learner {
         let element = plan.element();
         let layout = layout_of(&model, &plan);
         let operations = Operations {
-            products: Products::new(gpu, plan.arithmetic)?,
+            products: Products::new(gpu, plan.arithmetic, plan.matmul)?,
             attention: Attention::new(gpu, element, head_dim)?,
             norm: Norm::new(gpu)?,
             embedding: Embedding::new(gpu)?,
