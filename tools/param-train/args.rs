@@ -12,7 +12,7 @@ use param_train::inherit::Source;
 use param_train::optimizer::{Decay, Muon};
 use param_train::recipe::Recipe;
 use param_train::schedule::Curve;
-use param_train::settings::{Dropping, Dtype, Settings};
+use param_train::settings::{Dropping, Dtype, Matmul, Settings};
 use param_train::spikes;
 
 /// Train a PARAM model on text: a tokenizer, then the model, in checkpoints that param-convert takes.
@@ -214,6 +214,9 @@ pub struct Training {
     /// What matrix products are computed in [default: f32]
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<DtypeName>,
+    /// How a GPU multiplies matrices [default: mma]
+    #[arg(long, value_name = "HOW")]
+    pub matmul: Option<MatmulName>,
     /// Keep of each block only its input and compute the rest again in the backward pass: less memory, a third more arithmetic
     #[arg(long)]
     pub recompute: bool,
@@ -304,6 +307,14 @@ pub enum DtypeName {
     Tf32,
     /// Factors rounded to bf16, sums in f32, parameters kept in f32: faster where the processor multiplies bf16
     Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum MatmulName {
+    /// By each warp: any type on any GPU
+    Mma,
+    /// By four warps together: --dtype bf16 on GPUs of compute capability 9.0 (H100, H200)
+    Wgmma,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -516,6 +527,11 @@ impl Training {
             DtypeName::Bf16 => Dtype::Bf16,
         });
         set(&mut s.dtype, dtype);
+        let matmul = self.matmul.map(|name| match name {
+            MatmulName::Mma => Matmul::Mma,
+            MatmulName::Wgmma => Matmul::Wgmma,
+        });
+        set(&mut s.matmul, matmul);
         set(&mut s.recompute, self.recompute.then_some(true));
         set(&mut s.shuffle, self.no_shuffle.then_some(false));
         let layout = self.layout.map(|name| match name {

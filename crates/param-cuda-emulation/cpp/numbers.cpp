@@ -132,14 +132,18 @@ static void read_shared(float* out, SharedMatrix m, u32 at, u32 n) {
         }
 }
 void multiply_shared(float* const* sums, u32 row, u32 n, SharedMatrix a, SharedMatrix b) {
-    float x[16][16], y[16 * 256], d[16][256];
+    float x[16][16], y[16 * 256], d[16][256], products[256];
     read_shared(&x[0][0], a, row, 16);
     read_shared(y, b, 0, n);
     for (u32 i = 0; i < 32; i++)
         for (u32 j = 0; j < n / 2; j++) d[i / 4 + j / 2 % 2 * 8][j / 4 * 8 + 2 * (i % 4) + j % 2] = sums[i][j];
-    for (u32 r = 0; r < 16; r++)
+    // Products are added to each other first, then to the sums: in another order than those of a warp.
+    for (u32 r = 0; r < 16; r++) {
+        for (u32 c = 0; c < n; c++) products[c] = 0.0f;
         for (u32 k = 0; k < 16; k++)
-            for (u32 c = 0; c < n; c++) d[r][c] += x[k][r] * y[k * n + c];
+            for (u32 c = 0; c < n; c++) products[c] += x[k][r] * y[k * n + c];
+        for (u32 c = 0; c < n; c++) d[r][c] += products[c];
+    }
     for (u32 i = 0; i < 32; i++)
         for (u32 j = 0; j < n / 2; j++) sums[i][j] = d[i / 4 + j / 2 % 2 * 8][j / 4 * 8 + 2 * (i % 4) + j % 2];
 }

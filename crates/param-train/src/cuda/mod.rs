@@ -19,7 +19,7 @@ use crate::data::Batch;
 use crate::error::Error;
 use crate::optimizer::{Group, Moments, polynomials};
 use crate::random::Key;
-use crate::settings::{Dtype, Settings};
+use crate::settings::{Dtype, Matmul, Settings};
 use noise::Noise;
 use places::Places;
 
@@ -90,6 +90,7 @@ fn input<'a>(batch: &'a Batch, config: &Config, capacity: Capacity, normal: Opti
 fn plan(config: &Config, settings: &Settings) -> Plan {
     Plan {
         arithmetic: arithmetic(settings),
+        matmul: matmul(settings),
         // Samples need one row of all positions.
         n_row: settings.batch_size.max(config.n_ctx.div_ceil(settings.context)),
         n_col: settings.context,
@@ -122,6 +123,13 @@ fn arithmetic(settings: &Settings) -> Arithmetic {
         Dtype::F32 => Arithmetic::F32,
         Dtype::Tf32 => Arithmetic::Tf32,
         Dtype::Bf16 => Arithmetic::Bf16,
+    }
+}
+
+fn matmul(settings: &Settings) -> training::Matmul {
+    match settings.matmul {
+        Matmul::Mma => training::Matmul::Mma,
+        Matmul::Wgmma => training::Matmul::Wgmma,
     }
 }
 
@@ -383,8 +391,9 @@ fn section(part: Part) -> Section {
 /// What the GPU path does not take, before anything is read or allocated.
 ///
 /// # Errors
-/// [`Error::Setting`] or [`Error::Cuda`], naming the size.
-pub fn check(config: &Config, settings: &Settings) -> Result<(), GpuError> {
+/// [`GpuError`], naming the size, or what `gpu` does not multiply.
+pub fn check(gpu: &Gpu, config: &Config, settings: &Settings) -> Result<(), GpuError> {
+    matmul(settings).check(gpu, arithmetic(settings))?;
     training::check(&ModelSizes {
         n_embd: config.n_embd,
         head_dim: config.head_dim(),

@@ -1,6 +1,6 @@
 //! Every way to multiply, in the emulation, against plain sums in f64.
 
-use param_cuda_emulation::{Schedule, is_real};
+use param_cuda_emulation::{Schedule, build_variant, is_real};
 use proptest::prelude::*;
 
 use super::super::testing::{Random, Stored, gpu, rounded};
@@ -386,6 +386,11 @@ fn every_kernel_multiplies() {
             }
         }
     }
+}
+
+/// The same by warpgroups, and columns of more than one of their tiles.
+#[test]
+fn every_kernel_by_warpgroups_multiplies() {
     for transposed in [(false, false), (false, true), (true, false), (true, true)] {
         for tile in TILES.len()..TILES.len() + WGMMA_TILES.len() {
             let arithmetic = Arithmetic::Bf16;
@@ -435,6 +440,39 @@ fn tiles_of_many_rows_and_groups_are_all_found() {
     .check();
     Case { way: Way::Sums, n_group: 40, transposed: (true, false), gathers: true, ..plain(arithmetic, [9, 12, 300]) }
         .check();
+}
+
+/// A test of these tests: whatever wait, fence or barrier is left out of the products by warpgroups, they notice.
+#[test]
+fn products_by_warpgroups_that_do_not_wait_are_found_out() {
+    if is_real() {
+        return;
+    }
+    let edits = [
+        ("        copy_async_wait<STAGES - 3>();\n", ""),
+        ("        async_proxy_fence();\n", ""),
+        ("        __syncthreads();\n        warpgroup_fence();", "        warpgroup_fence();"),
+        // A stage that the products before still read.
+        ("    warpgroup_wait<1>();\n", ""),
+        ("t + 2 < STAGES; t++) copy();", "t + 1 < STAGES; t++) copy();"),
+        ("    warpgroup_wait<0>();\n", ""),
+        (
+            "of_a = matrix_descriptor(shared_address(shared) + warpgroup * leading",
+            "of_a = matrix_descriptor(shared_address(shared)",
+        ),
+    ];
+    for (with, without) in edits {
+        let edit = |text: &str| {
+            assert_eq!(text.matches(with).count(), 1, "{with}");
+            text.replace(with, without)
+        };
+        let library = build_variant("train_product_wgmma.cu", edit, false);
+        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "training::product::tests::every_kernel_by_warpgroups_multiplies"]);
+        let output = command.env("PARAM_EMULATION_LIBRARY", library).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(!output.status.success() && said.contains("1 failed"), "nothing was noticed without {with}: {said}");
+    }
 }
 
 fn shape(m: usize, n: usize, k: usize) -> Shape {
