@@ -138,6 +138,17 @@ fn what_a_gpu_does_not_take_is_left_to_the_cpu_or_refused() {
     assert!(said.contains("an embedding width that is a multiple of 8, this is 36"), "{said}");
     let said = failure_of(&mut runs.train("tf32", 1, &["--device", "cpu", "--dtype", "tf32"]), 2);
     assert!(said.contains("--dtype: tf32"), "{said}");
+    let wgmma = |dtype, device| runs.train("wgmma", 1, &["--matmul", "wgmma", "--dtype", dtype, "--device", device]);
+    let said = failure_of(&mut with_gpu(wgmma("tf32", "cuda"), ""), 2);
+    assert!(said.contains("--matmul: wgmma multiplies bf16"), "{said}");
+    let said = failure_of(&mut wgmma("bf16", "cpu"), 2);
+    assert!(said.contains("--matmul: how matrices are multiplied"), "{said}");
+    if !is_real() {
+        for capability in ["80", "89", "100"] {
+            let said = failure_of(&mut with_gpu(wgmma("bf16", "cuda"), &format!("capability={capability}")), 1);
+            assert!(said.contains("products by wgmma need a GPU of compute capability 9.0"), "{said}");
+        }
+    }
     if !is_real() {
         let said = failure_of(&mut with_gpu(runs.train("none", 1, &["--device", "cuda"]), "no-device"), 1);
         assert!(said.contains("--device cuda: the NVIDIA driver finds no GPU"), "{said}");

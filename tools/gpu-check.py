@@ -38,9 +38,13 @@ PEERS = {  # seconds each may take
     "ceilings": 40, "check": 50, "decode_graph": 40, "prefill_eager": 40, "prefill_graph": 40, "batch_graph": 50, "decode_eager": 40,
     "decode_blocks": 90, "batch_blocks": 90, "prefill_blocks": 90, "reference": 60, "decode_compiled": 150, "batch_compiled": 150,
 }
-# PRESET:DTYPE:ROWS[:OPTIMIZER] in that order too; batches of up to 65,536 tokens. AdamW is what PyTorch has.
+# PRESET:DTYPE:ROWS[:OPTIMIZER[:MATMUL]] in that order too; batches of up to 65,536 tokens. AdamW is what PyTorch has. MATMUL is mma or wgmma,
+# with +cublaslt where dense products are to be the library's that PyTorch brings, with +atomics where sums are added in any order.
 TRAINING = [
-    "param-0.5b:bf16:32", "param-124m:bf16:32", "param-0.5b:bf16:16", "param-0.5b:bf16:32:muon", "param-mid:bf16:256", "param-0.5b:tf32:16",
+    "param-0.5b:bf16:32", "param-0.5b:bf16:32:adamw:wgmma", "param-0.5b:bf16:32:adamw:mma+cublaslt", "param-0.5b:bf16:32:adamw:wgmma+cublaslt",
+    "param-0.5b:bf16:32:adamw:mma+atomics", "param-124m:bf16:32", "param-124m:bf16:32:adamw:wgmma", "param-124m:bf16:32:adamw:mma+cublaslt",
+    "param-0.5b:bf16:16", "param-0.5b:bf16:16:adamw:wgmma", "param-0.5b:bf16:32:muon", "param-mid:bf16:256", "param-mid:bf16:256:adamw:wgmma",
+    "param-0.5b:tf32:16", "param-0.5b:tf32:16:adamw:mma+cublaslt",
     "param-mid:tf32:256", "param-mid:f32:256", "param-mini:bf16:256", "param-tiny:bf16:512", "param-0.5b:f32:16", "param-0.5b:bf16:auto",
 ]
 # PRESET:DISPATCH:HOW of bench_training_cuda.py, and the seconds that each way may take, with a batch or two that turn out too large.
@@ -63,7 +67,8 @@ def arguments():
     parser.add_argument("--formats", default=",".join(FORMATS), help="of weights to measure [default: %(default)s]")
     parser.add_argument("--peers", default=",".join(PEERS), metavar="NAMES", help="steps of the peers [default: %(default)s]")
     parser.add_argument("--training", default=",".join(TRAINING), metavar="LIST",
-                        help="PRESET:DTYPE:ROWS[:OPTIMIZER], ROWS also auto, OPTIMIZER adamw or muon [default: %(default)s]")
+                        help="PRESET:DTYPE:ROWS[:OPTIMIZER[:MATMUL]], ROWS also auto, OPTIMIZER adamw or muon, MATMUL mma or, for bf16 on "
+                             "compute capability 9.0, wgmma, and with +cublaslt or +atomics [default: %(default)s]")
     parser.add_argument("--training-steps", type=int, default=10, metavar="N", help="timed steps of each of them [default: %(default)s]")
     parser.add_argument("--training-peers", default=",".join(TRAINING_PEERS), metavar="LIST",
                         help="PRESET:DISPATCH:HOW, see torch/bench_training_cuda.py [default: %(default)s]")
@@ -78,7 +83,7 @@ def arguments():
         for name in given:
             if name not in known:
                 parser.error(f"{name}: expected of {', '.join(known)}")
-    for flag, n_part in (("training", (3, 4)), ("training_peers", (3,))):
+    for flag, n_part in (("training", (3, 4, 5)), ("training_peers", (3,))):
         for name in getattr(args, flag).split(","):
             preset, *parts = name.split(":")
             if 1 + len(parts) not in n_part or not (HERE / f"presets/{preset}.toml").exists() or flag == "training_peers" and parts[1] not in WAYS:
@@ -351,14 +356,32 @@ def agree(run):
         run.add(step)
 
 
+def with_cublaslt(run):
+    """The environment in which cuBLASLt is found: under a name without version, which it may not have where PyTorch keeps it."""
+    folders = [Path(path) / "nvidia" for path in sys.path] + [Path("/usr/local/cuda/lib64")]
+    found = sorted(str(path) for folder in folders for path in folder.glob("**/libcublasLt.so.1?"))
+    if not found:
+        return None
+    link = Path(run.work) / "cublaslt" / "libcublasLt.so"
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(found[-1])
+    return {"LD_LIBRARY_PATH": ":".join([str(link.parent), str(Path(found[-1]).parent), os.environ.get("LD_LIBRARY_PATH", "")]).rstrip(":")}
+
+
 def training(run):
     """Training steps, by AdamW as PyTorch's where not said otherwise."""
     for name in run.args.training.split(","):
-        preset, dtype, batch, optimizer = [*name.split(":"), "adamw"][:4]
+        given = name.split(":")
+        preset, dtype, batch, optimizer, matmul = given + ["adamw", "mma"][len(given) - 3:]
+        matmul, *more = matmul.split("+")
         before = run.card()
         command = [HERE / "bin/param-train", "--benchmark", run.args.training_steps, "--preset", preset, "--dtype", dtype, "--batch-size", batch,
-                   "--optimizer", optimizer, *run.device()]
-        step, stdout = run.command(f"train {name}", command, 60, save=False)
+                   "--optimizer", optimizer, "--matmul", matmul, *run.device()]
+        command += ["--non-deterministic"] if "atomics" in more else []
+        environment = with_cublaslt(run) if "cublaslt" in more else None
+        command += [] if environment else ["--no-cublaslt"]
+        step, stdout = run.command(f"train {name}", command, 60, env=environment, save=False)
         step["clocks"] = {"before": before, "after": run.card()}
         try:
             row = json.loads(stdout)
@@ -524,7 +547,9 @@ def training_table(rows):
         mfu = f"{rate * like['operations_per_token'] / like['peak']:.1%}" if rate and like else ""
         peer = best.get((row["preset"], row["dtype"])) if is_ours else None
         ratio = f"{rate / peer:.2f} x" if peer else ""
-        engine = row["engine"] + (f", {row['optimizer']}" if row.get("optimizer", "adamw") != "adamw" else "")
+        engine = row["engine"] + "".join(f", {row[key]}" for key, usual in (("optimizer", "adamw"), ("matmul", "mma")) if (row.get(key) or usual) != usual)
+        engine += ", cuBLASLt" if row.get("cublaslt") else ""
+        engine += ", any order" if row.get("deterministic") is False else ""
         shown = rate if rate else row["error"].split(":")[0]
         print(f"| {row['preset']:<10} | {engine:<38} | {row['dtype']:<5} | {row['test'].removeprefix('train '):<9} | {shown:>13} "
               f"| {row.get('min', ''):>10} | {row.get('max', ''):>10} | {mfu:>6} | {ratio:>10} |")

@@ -12,7 +12,7 @@ use param_train::inherit::Source;
 use param_train::optimizer::{Decay, Muon};
 use param_train::recipe::Recipe;
 use param_train::schedule::Curve;
-use param_train::settings::{Dropping, Dtype, Recompute, Settings};
+use param_train::settings::{Dropping, Dtype, Matmul, Recompute, Settings};
 use param_train::spikes;
 
 /// Train a PARAM model on text: a tokenizer, then the model, in checkpoints that param-convert takes.
@@ -214,9 +214,15 @@ pub struct Training {
     /// What matrix products are computed in [default: f32]
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<DtypeName>,
+    /// How a GPU multiplies matrices [default: mma]
+    #[arg(long, value_name = "HOW")]
+    pub matmul: Option<MatmulName>,
     /// Keep dense products of a GPU in bf16 or tf32 to kernels of this program, where NVIDIA's cuBLASLt is found as well
     #[arg(long)]
     pub no_cublaslt: bool,
+    /// Let a GPU add long sums in any order, which is faster; two runs, or a resumed one, then differ in the last bits
+    #[arg(long)]
+    pub non_deterministic: bool,
     /// Compute again in the backward pass what would have been kept for it, for less memory: of every block, or of its feed-forward half
     #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "blocks")]
     pub recompute: Option<RecomputeName>,
@@ -307,6 +313,14 @@ pub enum DtypeName {
     Tf32,
     /// Factors rounded to bf16, sums in f32, parameters kept in f32: faster where the processor multiplies bf16
     Bf16,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum MatmulName {
+    /// By each warp: any type on any GPU
+    Mma,
+    /// By four warps together: --dtype bf16 on GPUs of compute capability 9.0 (H100, H200)
+    Wgmma,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -529,7 +543,13 @@ impl Training {
             DtypeName::Bf16 => Dtype::Bf16,
         });
         set(&mut s.dtype, dtype);
+        let matmul = self.matmul.map(|name| match name {
+            MatmulName::Mma => Matmul::Mma,
+            MatmulName::Wgmma => Matmul::Wgmma,
+        });
+        set(&mut s.matmul, matmul);
         set(&mut s.cublaslt, self.no_cublaslt.then_some(false));
+        set(&mut s.deterministic, self.non_deterministic.then_some(false));
         let recompute = self.recompute.map(|name| match name {
             RecomputeName::Nothing => Recompute::Nothing,
             RecomputeName::FeedForward => Recompute::FeedForward,

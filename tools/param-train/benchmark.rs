@@ -4,6 +4,7 @@ use std::io::{Write, stderr, stdout};
 use std::process::ExitCode;
 
 use anyhow::Result;
+use param_train::Device;
 use param_train::benchmark::benchmark;
 use serde_json::json;
 
@@ -30,7 +31,9 @@ pub fn run(flags: &Flags, steps: u64) -> Result<ExitCode> {
         "device": device.to_string(),
         "threads": flags.n_thread(),
         "dtype": settings.dtype,
+        "matmul": matches!(device, Device::Cuda { .. }).then_some(settings.matmul),
         "cublaslt": matches!(device, Device::Cuda { .. }).then(|| cuda::cublaslt_version(&settings)).flatten(),
+        "deterministic": settings.deterministic,
         "batch": settings.batch_size,
         "context": settings.context,
         "tok/s": rounded(median),

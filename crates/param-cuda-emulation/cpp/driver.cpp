@@ -556,7 +556,9 @@ API CUresult cuModuleLoadData(void** module, const void* image) {
         if (version < 0 || target < 0) return INVALID_IMAGE;
         // 11.4 reads PTX 7.4, 12.0 reads 8.0, 13.0 reads 9.0.
         if (version > (settings.version / 1000 - 4) * 10 + settings.version % 1000 / 10) return UNSUPPORTED_PTX_VERSION;
-        if (target > settings.capability) return NO_BINARY_FOR_GPU;
+        // What ends in `a` is of one capability alone.
+        bool exact = text.find(".target sm_" + std::to_string(target) + "a") != std::string::npos;
+        if (exact ? target != settings.capability : target > settings.capability) return NO_BINARY_FOR_GPU;
     }
     return create(module, new Module{text, checked});
 }

@@ -13,7 +13,8 @@
 #define __align__(n) alignas(n)
 #define DEVICE inline
 #define KERNEL __param_kernel__ extern "C"
-#define DYNAMIC_SHARED(type, name) type* name = (type*)emulation::dynamic_shared()
+#define DYNAMIC_SHARED(type, name) type* name = (type*)emulation::dynamic_shared(128)
+#define SWIZZLED_SHARED(type, name) type* name = (type*)emulation::dynamic_shared(1024)
 // Of the call: the last of the parameters, so that whoever calls leaves them out.
 #define PLACE const char* file = __builtin_FILE(), int line = __builtin_LINE()
 #define HERE emulation::Place{file, line}
@@ -266,6 +267,27 @@ DEVICE void mma_bf16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], PLACE)
 DEVICE void mma_tf32(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2], PLACE) {
     emulation::Product mine = {d, a, b};
     emulation::meet(emulation::MULTIPLY, 0xffffffffu, &mine, emulation::multiply_tf32, HERE);
+}
+
+// warpgroup.cuh
+DEVICE u32 shared_address(const void* p) { return emulation::shared_address(p); }
+DEVICE void async_proxy_fence() { emulation::async_proxy_fence(); }
+DEVICE void warpgroup_fence(PLACE) {
+    int mine = 0;
+    emulation::meet(emulation::WARPGROUP_FENCE, 0xffffffffu, &mine, emulation::warpgroup_fence, HERE);
+}
+DEVICE void warpgroup_commit(PLACE) {
+    int mine = 0;
+    emulation::meet(emulation::WARPGROUP_COMMIT, 0xffffffffu, &mine, emulation::warpgroup_commit, HERE);
+}
+template <int N> DEVICE void warpgroup_wait(PLACE) {
+    u32 n_pending = N;
+    emulation::meet(emulation::WARPGROUP_WAIT, 0xffffffffu, &n_pending, emulation::warpgroup_wait, HERE);
+}
+template <bool A_ACROSS, bool B_ACROSS, int N> DEVICE void warpgroup_mma(float (&d)[N], u64 a, u64 b, PLACE) {
+    static_assert(N == 64 || N == 128, "matrices of 128 or 256 columns");
+    emulation::WarpgroupProduct mine = {d, 2 * N, {a, A_ACROSS}, {b, B_ACROSS}};
+    emulation::meet(emulation::WARPGROUP_MULTIPLY, 0xffffffffu, &mine, emulation::warpgroup_multiply, HERE);
 }
 
 DEVICE u32 add_release(u32* p, u32 n) { return atomicAdd(p, n); }

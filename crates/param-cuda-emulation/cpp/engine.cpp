@@ -124,6 +124,17 @@ static Stack* new_stack() {
 
 // ---- Blocks ----
 
+// A warp's part of a product by a warpgroup that was begun, and sums that such products are added to.
+struct Begun {
+    u32 n, group;
+    SharedMatrix a, b;
+    float* d; // lane 0's, which names the sums
+};
+struct Sums {
+    float* d[32]; // the lanes' registers, which hold poison meanwhile
+    u32 n, last_group;
+    std::vector<float> values; // [32, n]
+};
 struct Meeting {
     u32 mask, arrived;
     Kind kind;
@@ -138,6 +149,18 @@ struct Warp {
     u32 n_meeting;
     void* lanes[32];
     Meeting meetings[32];
+    // Products by the warpgroup: what is not computed yet, what is not waited for yet, and what each in turn was given, for all four warps
+    // must give the same.
+    std::vector<Begun> begun;
+    std::vector<Sums> sums;
+    std::vector<u64> given;
+    u32 n_group;
+    bool fenced;  // since registers of sums were last the threads'
+    bool at_once; // whether products of this group are computed when they are begun
+};
+// Who copied a chunk of shared memory, and after how many of its fences.
+struct Copied {
+    u32 fiber, n_fence;
 };
 struct SharedVariable {
     u8* data;
@@ -151,6 +174,8 @@ struct Block {
     u64 epoch; // of what its memory holds
     u8* dynamic;
     size_t dynamic_size;
+    u32 dynamic_align;          // and address
+    std::vector<Copied> copied; // of its chunks of 16 bytes
     size_t static_size;
     std::vector<SharedVariable> variables;
 };
@@ -162,7 +187,7 @@ static const size_t GUARD = 128;
 #endif
 static u8* new_memory(size_t n) {
     void* p = nullptr;
-    if (posix_memalign(&p, 128, n + GUARD ? n + GUARD : 1)) abort();
+    if (posix_memalign(&p, 1024, n + GUARD ? n + GUARD : 1)) abort();
     memset(p, 0xCD, n);
     memset((u8*)p + n, 0xFB, GUARD);
     return (u8*)p;
@@ -305,7 +330,8 @@ static std::string name(Place p) {
     return print("%s:%d", slash ? slash + 1 : p.file, p.line);
 }
 static bool same(Place a, Place b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
-static const char* const KINDS[] = {"shuffle", "vote", "__syncwarp", "load_matrix4", "mma"};
+static const char* const KINDS[] = {"shuffle",         "vote",          "__syncwarp",       "load_matrix4",  "mma",
+                                    "warpgroup_fence", "warpgroup_mma", "warpgroup_commit", "warpgroup_wait"};
 
 void Engine::stuck() {
     std::string s = "threads wait for each other, and none can go on:";
@@ -377,6 +403,15 @@ void Engine::to_host() {
     __builtin_unreachable();
 }
 
+// All warps of a warpgroup must have begun the same products.
+static void check_warpgroups(const Block* b) {
+    const Warp* first = &current->engine->warps[(size_t)(b - current->engine->blocks.data()) * current->engine->warps_per_block];
+    for (u32 i = 0; i < current->engine->warps_per_block; i++)
+        if (first[i].given.size() != first[i / 4 * 4].given.size())
+            fault(ERROR_LAUNCH_FAILED, "warps of a warpgroup of block %s began %zu and %zu products", name(b->index).c_str(),
+                  first[i / 4 * 4].given.size(), first[i].given.size());
+}
+
 static void thread_ends() {
     Fiber* f = current;
     Warp* w = f->warp;
@@ -389,10 +424,14 @@ static void thread_ends() {
     if (b->n_arrived)
         fault(ERROR_TIMEOUT, "thread %s of block %s ended while %u threads wait at the barrier of %s", name(f->thread).c_str(),
               name(b->index).c_str(), b->n_arrived, name(b->barrier).c_str());
+    if (!w->sums.empty())
+        fault(ERROR_LAUNCH_FAILED, "thread %s of block %s ended while it has products that no warpgroup_wait covers", name(f->thread).c_str(),
+              name(b->index).c_str());
+    if (b->n_ended == b->n_thread) check_warpgroups(b);
     for (u32 i = w->n_meeting; i-- > 0;) {
         Meeting m = w->meetings[i];
         if (!(m.mask >> f->lane & 1)) continue;
-        if (m.kind == LOAD_MATRIX || m.kind == MULTIPLY)
+        if (m.kind >= LOAD_MATRIX)
             fault(ERROR_TIMEOUT, "thread %s of block %s ended while its warp waits at the %s of %s", name(f->thread).c_str(), name(b->index).c_str(),
                   KINDS[m.kind], name(m.place).c_str());
         w->meetings[i].mask &= ~(1u << f->lane);
@@ -522,18 +561,23 @@ void Engine::run_blocks(const u32* order, u32 n) {
             free(b.dynamic);
             b.dynamic = new_memory(task.dynamic_shared), b.dynamic_size = task.dynamic_shared;
         } else memset(b.dynamic, 0xCD, b.dynamic_size);
+        b.dynamic_align = 128;
+        b.copied.assign(task.dynamic_shared / 16, Copied{~0u, 0});
         for (u32 k = 0; k < warps_per_block; k++) {
             Warp& w = warps[i * warps_per_block + k];
             u32 lanes = per - 32 * k < 32 ? per - 32 * k : 32;
             w.block = &b, w.first = i * per + 32 * k, w.n_meeting = 0;
             w.exists = lanes == 32 ? ~0u : (1u << lanes) - 1;
             w.ready = w.exists, w.ended = w.waiting = w.paused = 0;
+            w.begun.clear(), w.sums.clear(), w.given.clear();
+            w.n_group = 0, w.fenced = false;
+            w.at_once = schedule.order == RANDOM ? draw() % 2 : schedule.order == REVERSED;
             memset(w.lanes, 0, sizeof w.lanes);
         }
         Fiber* f = &fibers[i * per];
         Index t = {0, 0, 0};
         for (u32 k = 0; k < per; k++, f++) {
-            *f = Fiber{t, k % 32, &b.index, &task.shape, this, &b, &warps[i * warps_per_block + k / 32], nullptr, nullptr, 0};
+            *f = Fiber{t, k % 32, &b.index, &task.shape, this, &b, &warps[i * warps_per_block + k / 32], nullptr, nullptr, 0, 0};
             if (++t.x == block.x) {
                 t.x = 0;
                 if (++t.y == block.y) t.y = 0, t.z++;
@@ -637,7 +681,7 @@ void meet(Kind kind, u32 mask, void* mine, Complete* complete, Place place) {
     if (!(mask & bit))
         fault(ERROR_LAUNCH_FAILED, "thread %s calls the %s of %s with mask %08x, which leaves it out", name(f->thread).c_str(), KINDS[kind],
               name(place).c_str(), mask);
-    bool whole = kind == LOAD_MATRIX || kind == MULTIPLY;
+    bool whole = kind >= LOAD_MATRIX;
     if (whole && (w->exists != ~0u || w->ended))
         fault(ERROR_LAUNCH_FAILED, "the %s of %s needs all lanes of a warp", KINDS[kind], name(place).c_str());
     mask &= w->exists & ~w->ended;
@@ -692,7 +736,17 @@ void reads(const void* p, u64 value) {
     if (again) wait_for_others();
 }
 
-void* dynamic_shared() { return current->block->dynamic; }
+void* dynamic_shared(u32 align) {
+    current->block->dynamic_align = align;
+    return current->block->dynamic;
+}
+u32 shared_address(const void* p) {
+    Block* b = current->block;
+    size_t at = (size_t)((const u8*)p - b->dynamic);
+    if ((const u8*)p < b->dynamic || at > b->dynamic_size)
+        fault(ERROR_ILLEGAL_ADDRESS, "an address of shared memory outside of the block's dynamic part");
+    return b->dynamic_align + (u32)at;
+}
 
 static u32 n_slot;
 void* SharedSlot::at(size_t size, size_t align) {
@@ -735,13 +789,109 @@ void copy_async(void* shared, const void* global, int bytes) {
 void copy_async_commit() { current->stack->n_group++; }
 void copy_async_wait(u32 n_pending) {
     Stack* s = current->stack;
+    Block* b = current->block;
+    const Fiber* first = current->engine->fibers.data();
     size_t n = 0;
     for (; n < s->copies.size() && s->copies[n].group + n_pending < s->n_group; n++) {
         const Copy& c = s->copies[n];
         memcpy(c.to, c.from, (size_t)c.bytes);
         memset((u8*)c.to + c.bytes, 0, (size_t)(16 - c.bytes));
+        size_t at = (size_t)((u8*)c.to - b->dynamic) / 16;
+        if ((u8*)c.to >= b->dynamic && at < b->copied.size()) b->copied[at] = Copied{(u32)(current - first), current->n_proxy_fence};
     }
     s->copies.erase(s->copies.begin(), s->copies.begin() + (long)n);
+}
+
+// ---- Products by a warpgroup ----
+
+void async_proxy_fence() { current->n_proxy_fence++; }
+const u8* shared_chunk(u32 address) {
+    Block* b = current->block;
+    size_t at = address - b->dynamic_align;
+    if (address < b->dynamic_align || at + 16 > b->dynamic_size)
+        fault(ERROR_ILLEGAL_ADDRESS, "a product of block %s reads address %u of shared memory, outside of the block's", name(b->index).c_str(), address);
+    const Copied& copied = b->copied[at / 16];
+    if (copied.fiber == ~0u) return b->dynamic + at;
+    const Fiber& who = current->engine->fibers[copied.fiber];
+    if (who.n_proxy_fence == copied.n_fence)
+        fault(ERROR_LAUNCH_FAILED, "a product of block %s reads what thread %s copied without an async_proxy_fence since", name(b->index).c_str(),
+              name(who.thread).c_str());
+    return b->dynamic + at;
+}
+static Sums& sums_of(Warp* w, const float* d) {
+    for (Sums& s : w->sums)
+        if (s.d[0] == d) return s;
+    fault(ERROR_LAUNCH_FAILED, "sums of no product");
+}
+// Computes the oldest products, of groups before `end`.
+static void compute_begun(Warp* w, u32 end) {
+    u32 index = (u32)(w - &current->engine->warps[(size_t)(w->block - current->engine->blocks.data()) * current->engine->warps_per_block]);
+    size_t n = 0;
+    for (; n < w->begun.size() && w->begun[n].group < end; n++) {
+        const Begun& product = w->begun[n];
+        Sums& s = sums_of(w, product.d);
+        float* values[32];
+        for (u32 i = 0; i < 32; i++) values[i] = s.values.data() + i * s.n;
+        multiply_shared(values, index % 4 * 16, product.n, product.a, product.b);
+    }
+    w->begun.erase(w->begun.begin(), w->begun.begin() + (long)n);
+}
+void warpgroup_fence(void* const*) { current->warp->fenced = true; }
+void warpgroup_multiply(void* const* lanes) {
+    Warp* w = current->warp;
+    Block* b = w->block;
+    if (b->n_thread % 128) fault(ERROR_LAUNCH_FAILED, "a block of %u threads has no whole warpgroups", b->n_thread);
+    WarpgroupProduct p = *(const WarpgroupProduct*)lanes[0];
+    for (u32 i = 1; i < 32; i++) {
+        const WarpgroupProduct& other = *(const WarpgroupProduct*)lanes[i];
+        if (other.a.descriptor != p.a.descriptor || other.b.descriptor != p.b.descriptor)
+            fault(ERROR_LAUNCH_FAILED, "lanes of a warp give a product other descriptors");
+    }
+    u64 given = ((p.a.descriptor * 0x9E3779B97F4A7C15ull ^ p.b.descriptor) * 8 + p.a.across * 2 + p.b.across) * 512 + p.n;
+    size_t at = w->given.size();
+    w->given.push_back(given);
+    Warp* first = &current->engine->warps[(size_t)(b - current->engine->blocks.data()) * current->engine->warps_per_block];
+    Warp* group = first + (w - first) / 4 * 4;
+    for (u32 i = 0; i < 4; i++)
+        if (group[i].given.size() > at && group[i].given[at] != given)
+            fault(ERROR_LAUNCH_FAILED, "warps of a warpgroup of block %s are not at the same product, or give it other descriptors", name(b->index).c_str());
+
+    bool known = false;
+    for (Sums& s : w->sums) known |= s.d[0] == p.d;
+    if (!known) {
+        if (!w->fenced) fault(ERROR_LAUNCH_FAILED, "a product into sums that no warpgroup_fence has given to the tensor cores");
+        Sums s;
+        s.n = p.n / 2;
+        s.values.resize(32 * s.n);
+        for (u32 i = 0; i < 32; i++) {
+            s.d[i] = ((const WarpgroupProduct*)lanes[i])->d;
+            memcpy(s.values.data() + i * s.n, s.d[i], s.n * sizeof(float));
+            memset(s.d[i], 0xCD, s.n * sizeof(float));
+        }
+        w->sums.push_back(s);
+    }
+    Sums& s = sums_of(w, p.d);
+    if (s.n != p.n / 2) fault(ERROR_LAUNCH_FAILED, "products of two shapes into the same sums");
+    s.last_group = w->n_group;
+    w->begun.push_back(Begun{p.n, w->n_group, p.a, p.b, p.d});
+    if (w->at_once) compute_begun(w, ~0u);
+}
+void warpgroup_commit(void* const*) {
+    Engine* e = current->engine;
+    current->warp->n_group++;
+    if (e->schedule.order == RANDOM) current->warp->at_once = e->draw() % 2;
+}
+void warpgroup_wait(void* const* lanes) {
+    Warp* w = current->warp;
+    u32 n_pending = *(const u32*)lanes[0], end = w->n_group > n_pending ? w->n_group - n_pending : 0;
+    compute_begun(w, end);
+    for (size_t i = w->sums.size(); i-- > 0;) {
+        Sums& s = w->sums[i];
+        if (s.last_group >= end) continue;
+        for (u32 lane = 0; lane < 32; lane++) memcpy(s.d[lane], s.values.data() + lane * s.n, s.n * sizeof(float));
+        w->sums.erase(w->sums.begin() + (long)i);
+        w->fenced = false;
+    }
 }
 
 static const Kernel* kernels;

@@ -34,6 +34,7 @@ struct Fiber {
     Stack* stack; // null until the thread first runs
     const void* last_read; // by load_acquire and its like: reading the same twice is waiting
     u64 last_value;
+    u32 n_proxy_fence;
 };
 // The fiber that runs now; null outside of kernels. The library's only word in the static memory of threads, which is scarce.
 extern __thread Fiber* current __attribute__((tls_model("initial-exec")));
@@ -46,7 +47,17 @@ void sync_block(Place place);
 
 // Lanes of a warp that wait for each other: the last to come runs `complete` on what all brought, then all go on. `lanes[i]` is null
 // where a lane has ended, or never was.
-enum Kind { SHUFFLE, VOTE, SYNC_WARP, LOAD_MATRIX, MULTIPLY };
+enum Kind {
+    SHUFFLE,
+    VOTE,
+    SYNC_WARP,
+    LOAD_MATRIX, // from here on all lanes take part
+    MULTIPLY,
+    WARPGROUP_FENCE,
+    WARPGROUP_MULTIPLY,
+    WARPGROUP_COMMIT,
+    WARPGROUP_WAIT
+};
 typedef void Complete(void* const* lanes);
 void meet(Kind kind, u32 mask, void* mine, Complete* complete, Place place);
 
@@ -57,7 +68,9 @@ void progress();
 // A read in a loop that waits, whether the loop says so or not.
 void reads(const void* p, u64 value);
 
-void* dynamic_shared();
+// It begins at a multiple of `align` bytes that is no multiple of more.
+void* dynamic_shared(u32 align);
+u32 shared_address(const void* p);
 void check_shared(const void* p, size_t n, const char* what);
 
 // A variable in shared memory: one for each block, poisoned when the block begins.
@@ -82,6 +95,21 @@ void load_matrix4_transposed(void* const* lanes);
 void multiply_f16(void* const* lanes);
 void multiply_bf16(void* const* lanes);
 void multiply_tf32(void* const* lanes);
+
+// Products by a warpgroup run from the moment they are begun to the wait that covers them: by the schedule at once, at that wait, or now so
+// and now so by groups. A warp's 16 rows run on their own. Until the wait the sums' registers hold anything.
+struct SharedMatrix { u64 descriptor; bool across; };
+struct WarpgroupProduct { float* d; u32 n; SharedMatrix a, b; }; // a [64, 16], b [16, n]
+void async_proxy_fence();
+void warpgroup_fence(void* const* lanes);
+void warpgroup_multiply(void* const* lanes);
+void warpgroup_commit(void* const* lanes);
+void warpgroup_wait(void* const* lanes);
+// 16 bytes of shared memory by their address, for the tensor cores.
+const u8* shared_chunk(u32 address);
+// Elements 2 (lane % 4) and the next of rows lane / 4 and lane / 4 + 8, of every eight columns, [n / 8][4] for each lane: sums += a b of rows
+// `row` to row + 15 of a.
+void multiply_shared(float* const* sums, u32 row, u32 n, SharedMatrix a, SharedMatrix b);
 
 struct Argument { u32 size; bool is_pointer; };
 struct Kernel {

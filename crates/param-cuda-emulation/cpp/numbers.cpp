@@ -109,4 +109,42 @@ void multiply_tf32(void* const* lanes) {
     for (int i = 0; i < 32; i++)
         for (int k = 0; k < 4; k++) ((const Product*)lanes[i])->d[k] = d[i / 4 + k / 2 * 8][2 * (i % 4) + k % 2];
 }
+
+// Eight elements of a matrix in shared memory, of which `at` of 64 or more lie one after another in memory and sums run over 16 steps, in the
+// order of PTX ISA 9.0, section 9.7.15.5.1.2: canonical layouts under a 128-byte swizzle.
+static const u8* chunk_of(SharedMatrix m, u32 at, u32 step) {
+    u32 start = (u32)(m.descriptor & 0x3fff) << 4, leading = (u32)(m.descriptor >> 16 & 0x3fff) << 4, stride = (u32)(m.descriptor >> 32 & 0x3fff) << 4;
+    if (m.descriptor >> 62 != 1 || (m.descriptor >> 49 & 7))
+        fault(ERROR_LAUNCH_FAILED, "a matrix descriptor %016llx: only the 128-byte swizzle at a base offset of 0 is played", m.descriptor);
+    u32 to = m.across ? at % 64 * 2 + at / 64 * leading + step % 8 * 128 + step / 8 * stride : at % 8 * 128 + at / 8 * stride + step * 2;
+    u32 address = start + to;
+    return shared_chunk(address ^ (address >> 7 & 7) << 4);
+}
+// Rows `at` to at + n - 1 of a, or columns of b, [16][n] by steps of the sums.
+static void read_shared(float* out, SharedMatrix m, u32 at, u32 n) {
+    u16 eight[8];
+    for (u32 i = 0; i < n; i += m.across ? 8 : 1)
+        for (u32 step = 0; step < 16; step += m.across ? 1 : 8) {
+            memcpy(eight, chunk_of(m, at + i, step), 16);
+            for (u32 e = 0; e < 8; e++)
+                if (m.across) out[step * n + i + e] = from_bf16(eight[e]);
+                else out[(step + e) * n + i] = from_bf16(eight[e]);
+        }
+}
+void multiply_shared(float* const* sums, u32 row, u32 n, SharedMatrix a, SharedMatrix b) {
+    float x[16][16], y[16 * 256], d[16][256], products[256];
+    read_shared(&x[0][0], a, row, 16);
+    read_shared(y, b, 0, n);
+    for (u32 i = 0; i < 32; i++)
+        for (u32 j = 0; j < n / 2; j++) d[i / 4 + j / 2 % 2 * 8][j / 4 * 8 + 2 * (i % 4) + j % 2] = sums[i][j];
+    // Products are added to each other first, then to the sums: in another order than those of a warp.
+    for (u32 r = 0; r < 16; r++) {
+        for (u32 c = 0; c < n; c++) products[c] = 0.0f;
+        for (u32 k = 0; k < 16; k++)
+            for (u32 c = 0; c < n; c++) products[c] += x[k][r] * y[k * n + c];
+        for (u32 c = 0; c < n; c++) d[r][c] += products[c];
+    }
+    for (u32 i = 0; i < 32; i++)
+        for (u32 j = 0; j < n / 2; j++) sums[i][j] = d[i / 4 + j / 2 % 2 * 8][j / 4 * 8 + 2 * (i % 4) + j % 2];
+}
 } // namespace emulation

@@ -20,7 +20,8 @@ enum Write {
     WRITE_ACTIVATED,
     WRITE_ACTIVATION_BACKWARD,
     WRITE_RESIDUAL,
-    WRITE_SYMMETRIC
+    WRITE_SYMMETRIC,
+    WRITE_ADD_ATOMICALLY
 };
 
 struct Product {
@@ -89,8 +90,8 @@ template <int BM, int BN> DEVICE Place find_place(const Product& p, u32 tile_k) 
         at.k_begin = min(at.k_begin + blockIdx.y * each * tile_k, at.k_end);
         at.k_end = min(at.k_begin + each * tile_k, at.k_end);
     }
-    bool is_nothing = p.write == WRITE_ADD && at.k_begin == at.k_end;
-    bool is_copied = p.write == WRITE_SYMMETRIC && row_tile > col_tile;
+    bool is_nothing = (p.write == WRITE_ADD || p.write == WRITE_ADD_ATOMICALLY) && at.k_begin == at.k_end;
+    bool is_copied = p.write == WRITE_SYMMETRIC && at.row >= at.col + BN;
     if (is_nothing || is_copied) at.n_row = 0;
     return at;
 }
@@ -331,5 +332,12 @@ template <int BM, int BN, int THREADS> DEVICE void store_sums(const Product& p, 
                   });
         break;
     case WRITE_SYMMETRIC: sums.store_symmetric(); break;
+    case WRITE_ADD_ATOMICALLY:
+        // Neighbouring threads to neighbouring elements: the cache adds a line at a time.
+        for (u32 i = threadIdx.x; i < at.n_row * BN; i += THREADS) {
+            u32 row = i / BN, n = at.col + i % BN;
+            if (n < p.n) atomicAdd((float*)p.out + (u64)(at.out_row + row) * p.out_stride + n, in[row * SUM_PITCH(BN) + i % BN]);
+        }
+        break;
     }
 }

@@ -20,6 +20,8 @@ pub enum Error {
     Limit { what: &'static str, value: usize, most: usize },
     #[error("the GPU path takes {what} {expected}, this is {value}")]
     Unfit { what: &'static str, expected: &'static str, value: usize },
+    #[error("products by {matmul} need {problem}")]
+    Matmul { matmul: &'static str, problem: String },
     #[error("kernel `{kernel}`: {cause}")]
     Kernel { kernel: &'static str, cause: Box<Error> },
 }

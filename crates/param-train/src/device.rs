@@ -9,7 +9,7 @@ use crate::backend::Evaluate;
 use crate::cpu::CpuModel;
 use crate::cuda::CudaModel;
 use crate::error::Error;
-use crate::settings::{Dtype, Settings};
+use crate::settings::{Dtype, Matmul, Settings};
 
 /// What computes.
 #[derive(Clone, Debug)]
@@ -61,8 +61,13 @@ impl Device {
                 let problem = "tf32 is a GPU's: take f32 or bf16, or --device cuda".to_owned();
                 Err(Error::Setting { flag: "dtype", problem })
             }
+            Device::Cpu { .. } if settings.matmul != Matmul::Mma => {
+                let problem =
+                    "how matrices are multiplied is chosen on a GPU: --device cuda, or --matmul mma".to_owned();
+                Err(Error::Setting { flag: "matmul", problem })
+            }
             Device::Cpu { .. } => Ok(()),
-            Device::Cuda { .. } => Ok(crate::cuda::check(config, settings)?),
+            Device::Cuda { gpu } => Ok(crate::cuda::check(gpu, config, settings)?),
         }
     }
 

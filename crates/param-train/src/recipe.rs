@@ -5,7 +5,7 @@ use param_model::Config;
 use crate::data::Layout;
 use crate::optimizer::{AdamW, Decay, Muon};
 use crate::schedule::{Curve, Schedule};
-use crate::settings::{Dropping, Dtype, Recompute, Settings, bias_rate};
+use crate::settings::{Dropping, Dtype, Matmul, Recompute, Settings, bias_rate};
 
 /// Where a run's settings come from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,7 +48,9 @@ impl Recipe {
             no_decay: Vec::new(),
             spikes: None,
             dtype: Dtype::F32,
+            matmul: Matmul::Mma,
             cublaslt: true,
+            deterministic: true,
             recompute: Recompute::Nothing,
             clip: 1.0,
             dropping: Dropping::Never,

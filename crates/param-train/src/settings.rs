@@ -55,6 +55,17 @@ impl Dtype {
     }
 }
 
+/// How a GPU multiplies matrices; what comes out differs by no more than rounding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Matmul {
+    /// By each warp: any type on any GPU.
+    #[default]
+    Mma,
+    /// By four warps together: bf16 on GPUs of compute capability 9.0 (H100, H200).
+    Wgmma,
+}
+
 /// What is computed again in the backward pass, for less memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -126,9 +137,15 @@ pub struct Settings {
     /// What matrix products are computed in.
     #[serde(default)]
     pub dtype: Dtype,
+    /// How a GPU multiplies them.
+    #[serde(default)]
+    pub matmul: Matmul,
     /// Whether dense products of a GPU may be NVIDIA's cuBLASLt's, where its library is found.
     #[serde(default = "yes")]
     pub cublaslt: bool,
+    /// Whether a GPU gives the same bits twice, or may add sums in any order.
+    #[serde(default = "yes")]
+    pub deterministic: bool,
     /// What is computed again in the backward pass.
     #[serde(default, deserialize_with = "recompute")]
     pub recompute: Recompute,
@@ -227,6 +244,9 @@ impl Settings {
         if self.dtype == Dtype::Bf16 && !config.head_dim().is_multiple_of(2) {
             let problem = format!("bf16 needs heads of an even width: the model's is {}", config.head_dim());
             return fail("dtype", problem);
+        }
+        if self.matmul == Matmul::Wgmma && self.dtype != Dtype::Bf16 {
+            return fail("matmul", "wgmma multiplies bf16: it needs --dtype bf16".to_owned());
         }
         if self.isolate_documents && self.layout != Layout::Packed {
             return fail("isolate-documents", "is for packed rows: others have one document each".to_owned());

@@ -1,5 +1,5 @@
-//! What each kernel needs of a multiprocessor, as ptxas states it. Fails where one does not assemble, and where one spills more than a few
-//! bytes on sm_90, for which kernels are tuned; of sm_80 that is only shown.
+//! What each kernel needs of a multiprocessor, as ptxas states it. Fails where one does not assemble, where ptxas makes products by
+//! warpgroups wait for each other, and where one spills more than a few bytes on sm_90, for which kernels are tuned; of sm_80 that is only shown.
 
 use std::fs;
 use std::path::Path;
@@ -9,6 +9,9 @@ use anyhow::{Context, Result, ensure};
 
 /// Bytes that may be spilled: a few registers saved around what a kernel does once cost nothing.
 const SPILLED: u32 = 64;
+
+/// How the numbers of ptxas's notes begin that `wgmma` is serialised (C7510) or that a wait is injected (C7517).
+const WAITS: &str = "(C75";
 
 /// What ptxas says of a kernel.
 #[derive(Debug, Default, PartialEq)]
@@ -52,6 +55,8 @@ pub fn report(folder: &Path, ptxas: &Path) -> Result<()> {
                 .with_context(|| ptxas.display().to_string())?;
             let log = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
             ensure!(out.status.success(), "{}, {chip}: {log}", path.display());
+            let waits: Vec<&str> = log.lines().filter(|line| line.contains(WAITS)).collect();
+            ensure!(waits.is_empty(), "{}, {chip}: {}", path.display(), waits.join("\n"));
             for usage in parse(&log) {
                 let Usage { kernel, registers, shared, stack, spill_stores, spill_loads } = &usage;
                 println!(

@@ -152,6 +152,7 @@ fn modules_must_be_of_the_kernels_built_in() {
     assert_eq!(get(&format!("{head}{}", entry.replace(".f64", ".f32")), "words"), 218);
     assert_eq!(get(&format!("{}{entry}", head.replace("8.0", "8.1")), "words"), 222);
     assert_eq!(get(&format!("{}{entry}", head.replace("sm_80", "sm_100")), "words"), 209);
+    assert_eq!(get(&format!("{}{entry}", head.replace("sm_80", "sm_90a")), "words"), 0);
     assert_eq!(get("no PTX", "words"), 200);
 }
 
@@ -215,12 +216,22 @@ fn settings_play_failures() {
 #[test]
 fn all_of_device_cuh_is_there() {
     let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
-    let device = std::fs::read_to_string(root.with_file_name("param-cuda").join("kernels/device.cuh")).unwrap();
-    let emulation = std::fs::read_to_string(root.join("cpp/emulation.h")).unwrap();
-    let own = device.split("#else\n").nth(1).unwrap().split("\n#endif").next().unwrap();
-    // `DEVICE type name(`
-    let names = own.split("DEVICE ").skip(1).filter_map(|text| text.split('(').next()?.split([' ', '*']).next_back());
-    for name in names.filter(|&name| name != "shared_address" && name != "__device__") {
-        assert!(emulation.contains(&format!(" {name}(")), "emulation.h has no `{name}`");
+    let read = |path: std::path::PathBuf| std::fs::read_to_string(path).unwrap();
+    let header = |name: &str| read(root.with_file_name("param-cuda").join("kernels").join(name));
+    let emulation = read(root.join("cpp/emulation.h"));
+    let device = header("device.cuh").split("#else\n").nth(1).unwrap().split("\n#endif").next().unwrap().to_owned();
+    let warpgroup =
+        header("warpgroup.cuh").split("#ifndef").nth(1).unwrap().split("\n#endif").next().unwrap().to_owned();
+    for own in [device, warpgroup] {
+        // `DEVICE type name(`
+        let names: Vec<_> = own
+            .split("DEVICE ")
+            .skip(1)
+            .filter_map(|text| text.split('(').next()?.split([' ', '*']).next_back())
+            .collect();
+        assert!(names.len() > 4);
+        for name in names.into_iter().filter(|&name| name != "__device__") {
+            assert!(emulation.contains(&format!(" {name}(")), "emulation.h has no `{name}`");
+        }
     }
 }

@@ -1,5 +1,5 @@
 // Kernels that use one by one what the emulation offers, for its own tests.
-#include "device.cuh"
+#include "warpgroup.cuh"
 
 KERNEL void block_sum(const float* x, float* out, int n) {
     DYNAMIC_SHARED(float, part);
@@ -101,6 +101,47 @@ KERNEL void multiply_tf32(const float* a, const float* b, float* c, u32* pairs) 
     for (u32 i = 0; i < 4; i++) c[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = d[i];
     for (u32 i = 0; i < 2; i++) pairs[lane + i * 32] = pack_bf16(a[(lane + i * 32) * 2], a[(lane + i * 32) * 2 + 1]);
 }
+
+// c [64, 128] = a b, by one warpgroup: a stored [64, k], or [k, 64] where across, b stored [128, k], or [k, 128] where across; k is a multiple
+// of 64. The copy of a tile overlaps with the product of the one before.
+template <bool A_ACROSS, bool B_ACROSS> DEVICE void multiply_by_warpgroup(const u16* a, const u16* b, float* c, int k) {
+    const u32 panel = 64 * 128, stage = 3 * panel; // of a: one panel of 64 rows of 128 bytes, of b: two
+    SWIZZLED_SHARED(u8, shared);
+    auto copy = [&](int tile) {
+        u8* to = shared + tile % 2 * stage;
+        for (u32 i = threadIdx.x; i < stage / 16; i += WARPGROUP) {
+            u32 part = i / 512, row = i / 8 % 64, chunk = i % 8;
+            const u16* from = part == 0 ? a : b;
+            u32 at = part == 0 ? 0 : (part - 1) * 64, width = part == 0 ? 64 : 128; // the panel's first row of a or column of b
+            u64 place = (part == 0 ? A_ACROSS : B_ACROSS) ? (u64)(tile * 64 + row) * width + at + chunk * 8 : (u64)(at + row) * k + tile * 64 + chunk * 8;
+            copy_async(to + part * panel + row * 128 + ((chunk ^ row % 8) << 4), from + place);
+        }
+        copy_async_commit();
+    };
+    float d[64] = {};
+    copy(0);
+    for (int t = 0; t < k / 64; t++) {
+        copy_async_wait<0>(); // for this tile
+        async_proxy_fence();
+        __syncthreads(); // for others' copies
+        warpgroup_fence();
+        u32 from = shared_address(shared) + t % 2 * stage;
+        for (u32 step = 0; step < 4; step++)
+            warpgroup_mma<A_ACROSS, B_ACROSS>(d, matrix_descriptor(from + step * (A_ACROSS ? 2048 : 32), panel, 1024),
+                                              matrix_descriptor(from + panel + step * (B_ACROSS ? 2048 : 32), panel, 1024));
+        warpgroup_commit();
+        if (t > 0) warpgroup_wait<1>(); // for what read the other stage
+        __syncthreads();
+        if (t + 1 < k / 64) copy(t + 1);
+    }
+    warpgroup_wait<0>(); // for the sums
+    u32 lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+    for (u32 i = 0; i < 64; i++) c[(row + i / 2 % 2 * 8) * 128 + i / 4 * 8 + lane % 4 * 2 + i % 2] = d[i];
+}
+KERNEL void multiply_wgmma_nt(const u16* a, const u16* b, float* c, int k) { multiply_by_warpgroup<false, false>(a, b, c, k); }
+KERNEL void multiply_wgmma_nn(const u16* a, const u16* b, float* c, int k) { multiply_by_warpgroup<false, true>(a, b, c, k); }
+KERNEL void multiply_wgmma_tt(const u16* a, const u16* b, float* c, int k) { multiply_by_warpgroup<true, false>(a, b, c, k); }
+KERNEL void multiply_wgmma_tn(const u16* a, const u16* b, float* c, int k) { multiply_by_warpgroup<true, true>(a, b, c, k); }
 
 KERNEL void matrices(const u16* in, u32* out) {
     __shared__ __align__(16) u16 m[32 * 8];

@@ -2,7 +2,7 @@
 
 use crate::args;
 use crate::driver::{TIMEOUT, kernels, variant};
-use crate::primitives::{driver, multiplied, relaxed, rotated, schedules};
+use crate::primitives::{driver, multiplied, multiplied_by_warpgroup, relaxed, rotated, schedules};
 use param_cuda_emulation::{build_variant, sanitizer};
 use std::path::Path;
 use std::ptr::null_mut;
@@ -44,6 +44,63 @@ fn a_copy_onto_what_others_read_is_noticed() {
     for s in schedules() {
         d.schedule(s);
         assert!(multiplied(&d, true).1 > 1.0, "{s}");
+    }
+}
+
+#[test]
+fn what_products_by_a_warpgroup_need_is_missed() {
+    // Shown under every schedule, by a fault that says what or by sums that are wrong.
+    for (line, fault) in [
+        ("        copy_async_wait<0>(); // for this tile\n", ""),
+        ("        async_proxy_fence();\n", "without an async_proxy_fence"),
+        ("        warpgroup_fence();\n", "no warpgroup_fence"),
+        ("    warpgroup_wait<0>(); // for the sums\n", "no warpgroup_wait covers"),
+    ] {
+        let d = variant(line, "");
+        for s in schedules() {
+            d.schedule(s);
+            let (code, worst) = multiplied_by_warpgroup(&d, "nn");
+            assert!(code != 0 || worst > 1.0, "{s}: without {line}");
+            assert!(d.last_fault().contains(fault), "{s}: without {line}: {}", d.last_fault());
+        }
+    }
+}
+
+#[test]
+fn a_product_that_runs_too_early_or_too_late_is_noticed() {
+    for (from, to) in [
+        ("        __syncthreads(); // for others' copies\n", ""),
+        ("        if (t > 0) warpgroup_wait<1>(); // for what read the other stage\n", ""),
+        ("warpgroup_wait<1>(); // for", "warpgroup_wait<2>(); // for"),
+        (
+            "if (t > 0) warpgroup_wait<1>(); // for what read the other stage\n        __syncthreads();",
+            "__syncthreads(); if (t > 0) warpgroup_wait<1>();",
+        ),
+    ] {
+        let d = variant(from, to);
+        // Only where products run at once, or only where they run as late as they may.
+        let wrong = schedules().into_iter().filter(|&s| {
+            d.schedule(s);
+            multiplied_by_warpgroup(&d, "tt") != (0, 0.0)
+        });
+        assert!(wrong.count() >= 6, "{from}");
+    }
+}
+
+#[test]
+fn matrices_elsewhere_than_a_descriptor_says_are_noticed() {
+    for (from, to) in [
+        ("SWIZZLED_SHARED(u8, shared)", "DYNAMIC_SHARED(u8, shared)"),
+        ("(chunk ^ row % 8)", "(chunk)"),
+        ("panel + step * (B_ACROSS ? 2048 : 32), panel, 1024)", "panel + step * (B_ACROSS ? 2048 : 32), 1024, panel)"),
+    ] {
+        let d = variant(from, to);
+        for s in schedules() {
+            d.schedule(s);
+            for way in ["nn", "tt"] {
+                assert_ne!(multiplied_by_warpgroup(&d, way), (0, 0.0), "{s}, {way}: {to}");
+            }
+        }
     }
 }
 

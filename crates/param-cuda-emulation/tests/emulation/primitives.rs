@@ -70,6 +70,31 @@ pub fn multiplied(d: &Driver, bf: bool) -> (i32, f32) {
     (code, worst)
 }
 
+/// The same of a product by a warpgroup, of factors as stored by `way`.
+pub fn multiplied_by_warpgroup(d: &Driver, way: &str) -> (i32, f32) {
+    let (n_row, n_col, k) = (64usize, 128usize, 256usize);
+    let across = |at: usize| way.as_bytes()[at] == [b't', b'n'][at];
+    // Small integers and halves: every sum is exact.
+    let [a, b] = [(n_row, 37), (n_col, 17)].map(|(n, m)| {
+        (0..n * k).map(|i| ((i * m % 23) as f32 - 11.0) * if i % 7 == 0 { 0.5 } else { 1.0 }).collect::<Vec<_>>()
+    });
+    // Of rows or columns `of`, [of, k].
+    let stored = |x: &[f32], of: usize, across: bool| -> Vec<u16> {
+        let place = |i: usize| if across { i % of * k + i / of } else { i };
+        (0..of * k).map(|i| bf16::from_f32(x[place(i)]).to_bits()).collect()
+    };
+    let (pa, pb) = (d.upload(&stored(&a, n_row, across(0))), d.upload(&stored(&b, n_col, across(1))));
+    let c = d.alloc(n_row * n_col * 4);
+    let name = format!("multiply_wgmma_{way}");
+    let code = d.launch(&name, [1, 1, 1], [128, 1, 1], 48 << 10, null_mut(), args![pa, pb, c, k as i32]);
+    let mut worst = 0f32;
+    for (i, got) in d.read::<f32>(c, n_row * n_col).into_iter().enumerate() {
+        let want: f32 = (0..k).map(|j| a[i / n_col * k + j] * b[i % n_col * k + j]).sum();
+        worst = worst.max(if got.is_nan() { f32::INFINITY } else { (got - want).abs() });
+    }
+    (code, worst)
+}
+
 #[test]
 fn reduces() {
     let d = driver();
@@ -127,6 +152,16 @@ fn tensor_cores_multiply() {
         driver().schedule(s);
         assert_eq!(multiplied(driver(), false), (0, 0.0), "f16, {s}");
         assert_eq!(multiplied(driver(), true), (0, 0.0), "bf16, {s}");
+    }
+}
+
+#[test]
+fn warpgroups_multiply_factors_stored_either_way() {
+    for s in schedules() {
+        driver().schedule(s);
+        for way in ["nt", "nn", "tt", "tn"] {
+            assert_eq!(multiplied_by_warpgroup(driver(), way), (0, 0.0), "{way}, {s}: {}", driver().last_fault());
+        }
     }
 }
 

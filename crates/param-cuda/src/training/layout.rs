@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use bytemuck::Pod;
 
 use super::model::{BlockPlaces, Model};
-use super::product::Arithmetic;
+use super::product::{Arithmetic, Matmul};
 use super::view::{Element, Rows, View};
 use crate::memory::Buffer;
 
@@ -25,6 +25,10 @@ pub struct Plan {
     pub arithmetic: Arithmetic,
     /// Whether cuBLASLt takes plain dense products where its library is found; it changes no memory.
     pub cublaslt: bool,
+    /// Whether two runs give the same bits, or sums may be added in any order.
+    pub deterministic: bool,
+    /// How they are multiplied; it changes no memory.
+    pub matmul: Matmul,
     /// Sequences of a batch at most.
     pub n_row: usize,
     /// Tokens of a sequence at most.

@@ -291,9 +291,10 @@ impl Learner {
         let head_dim = model.n_embd / model.n_head;
         let element = plan.element();
         let layout = layout_of(&model, &plan);
-        let products = Products::new(gpu, plan.arithmetic)?;
+        let products = Products::new(gpu, plan.arithmetic, plan.matmul)?;
+        let products = if plan.cublaslt { products.with_cublaslt(gpu)? } else { products };
         let operations = Operations {
-            products: if plan.cublaslt { products.with_cublaslt(gpu)? } else { products },
+            products: if plan.deterministic { products } else { products.non_deterministic() },
             attention: Attention::new(gpu, element, head_dim)?,
             norm: Norm::new(gpu)?,
             embedding: Embedding::new(gpu)?,

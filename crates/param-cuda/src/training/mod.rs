@@ -32,7 +32,7 @@ pub use learner::{Batch, Learner, MemoryPlan, ModelSizes, MuonStack, Optimizer, 
 pub use model::{ALIGNMENT, BlockPlaces, FfnPlaces, Model, NormPlaces, Place};
 pub use muon::MuonMatrix;
 pub use numbers::{Numbers, Outcome};
-pub use product::Arithmetic;
+pub use product::{Arithmetic, Matmul};
 pub use profile::{Part, PartSpent};
 pub use staging::{Report, RouterReport};
 pub use view::{Element, Rows, View};

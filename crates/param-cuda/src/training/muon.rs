@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Arithmetic, Element, Factor, Groups, Numbers, Outcome, Products, Rows, View, Write};
+use super::{Arithmetic, Element, Factor, Groups, Matmul, Numbers, Outcome, Products, Rows, View, Write};
 use crate::args;
 use crate::error::Result;
 use crate::gpu::Gpu;
@@ -102,7 +102,7 @@ impl Muon {
     pub fn new(gpu: &Arc<Gpu>) -> Result<Self> {
         let module = Module::load(gpu, include_str!("../../ptx/train_muon.ptx"))?;
         Ok(Self {
-            products: Products::new(gpu, Arithmetic::F32)?,
+            products: Products::new(gpu, Arithmetic::F32, Matmul::Mma)?,
             update: module.kernel("train_muon_update")?,
             squares: module.kernel("train_muon_squares")?,
             scale: module.kernel("train_muon_scale")?,

@@ -8,7 +8,7 @@ use bytemuck::{Pod, Zeroable};
 use super::cublaslt::CublasLt;
 use super::{Dropped, Element, Rows, View};
 use crate::args;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::gpu::Gpu;
 use crate::kernel::{Arg, Grid, Kernel, Module};
 use crate::model::Activation;
@@ -38,9 +38,37 @@ impl Arithmetic {
         }
     }
 
-    /// Columns of a tile.
+    /// Elements of sums that a tile is deep.
     fn tile_k(self) -> usize {
         TILE_BYTES / self.element().bytes()
+    }
+}
+
+/// How products are multiplied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Matmul {
+    /// By each warp (`mma.sync`): any arithmetic on any GPU.
+    #[default]
+    Mma,
+    /// Large ones by four warps together (`wgmma`), of bf16 on compute capability 9.0 alone. Not the default until it has been measured
+    /// on a GPU.
+    Wgmma,
+}
+
+impl Matmul {
+    /// Refuses what it does not multiply.
+    ///
+    /// # Errors
+    /// [`Error::Matmul`].
+    pub fn check(self, gpu: &Gpu, arithmetic: Arithmetic) -> Result<()> {
+        let problem = match (self, arithmetic, gpu.capability()) {
+            (Matmul::Mma, ..) | (Matmul::Wgmma, Arithmetic::Bf16, (9, 0)) => return Ok(()),
+            (Matmul::Wgmma, Arithmetic::Bf16, (major, minor)) => {
+                format!("a GPU of compute capability 9.0: that of {} is {major}.{minor}", gpu.name())
+            }
+            (Matmul::Wgmma, Arithmetic::F32 | Arithmetic::Tf32, _) => format!("bf16: this is {arithmetic:?}"),
+        };
+        Err(Error::Matmul { matmul: "wgmma", problem })
     }
 }
 
@@ -191,6 +219,7 @@ enum Kind {
     ActivationBackward,
     Residual,
     Symmetric,
+    AddAtomically,
 }
 
 /// `Product` in train_product_args.cuh, field by field.
@@ -234,12 +263,14 @@ struct Product {
 /// Bytes of a tile's rows.
 const TILE_BYTES: usize = 128;
 
-/// A shape of tiles of C, by kernels of its own: `PRODUCT` in train_product.cuh.
+/// A shape of tiles of C, by kernels of its own: `PRODUCT` in train_product.cuh and train_product_wgmma.cu.
 #[derive(Clone, Copy, Debug)]
 struct Tile {
-    /// Rows and columns.
-    side: usize,
+    rows: usize,
+    cols: usize,
     stages: usize,
+    /// Threads of its block.
+    threads: u32,
     /// Clocks of a multiprocessor that has enough blocks for a tile of k, in products of one pass, and for the rest of a block.
     clocks: usize,
     other_clocks: usize,
@@ -247,18 +278,36 @@ struct Tile {
 
 /// Clocks reckoned for an H100, whose tensor cores take 1.6 for each mma.sync; the small one is bound by shared memory.
 const TILES: [Tile; 2] = [
-    Tile { side: 64, stages: 4, clocks: 400, other_clocks: 900 },
-    Tile { side: 128, stages: 3, clocks: 850, other_clocks: 2500 },
+    Tile { rows: 64, cols: 64, stages: 4, threads: 128, clocks: 400, other_clocks: 900 },
+    Tile { rows: 128, cols: 128, stages: 3, threads: 128, clocks: 850, other_clocks: 2500 },
 ];
-const THREADS: u32 = 128;
+
+/// Tiles by warpgroups, in the order after [`TILES`]. Clocks by reckoning alone: the tensor cores take 1,024 for a tile of k of the large
+/// one, and 512 of the other, whose factors take shared memory 640; the large one has its multiprocessor to itself, so that nothing
+/// hides its first copies, nor the writing of its sums.
+const WGMMA_TILES: [Tile; 2] = [
+    Tile { rows: 128, cols: 128, stages: 3, threads: 256, clocks: 720, other_clocks: 2500 },
+    Tile { rows: 128, cols: 256, stages: 4, threads: 256, clocks: 1250, other_clocks: 6500 },
+];
 
 impl Tile {
     /// Bytes of dynamic shared memory: the stages, and in their place the sums.
     fn shared(self) -> u32 {
-        let stages = self.stages * 2 * self.side * TILE_BYTES;
-        let sums = self.side * (self.side + 8) * 4;
+        let stages = self.stages * (self.rows + self.cols) * TILE_BYTES;
+        let sums = self.rows * (self.cols + 8) * 4;
         stages.max(sums) as u32
     }
+}
+
+/// The kernels of a shape of tiles, by whether A is transposed, and B.
+type Kernels = (Tile, [[Kernel; 2]; 2]);
+
+/// What is to become of sums, as far as plans differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Wanted {
+    Add,
+    Symmetric,
+    Other,
 }
 
 /// Parts of a sum at most.
@@ -272,7 +321,7 @@ const PARTS_BYTES_PER_CLOCK: usize = 20;
 /// Which tiles, and in how many parts sums are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Plan {
-    /// Of [`TILES`].
+    /// Of [`Products::tiles`].
     tile: usize,
     n_part: usize,
 }
@@ -332,11 +381,19 @@ impl Shape {
     }
 
     /// Tiles of rows that each of the matrices has at most.
-    fn row_tiles(self, side: usize) -> usize {
+    fn row_tiles(self, rows: usize) -> usize {
         match self.n_row_group {
-            Some(n) => self.m / side + n.min(self.m),
-            None => self.m.div_ceil(side),
+            Some(n) => self.m / rows + n.min(self.m),
+            None => self.m.div_ceil(rows),
         }
+    }
+
+    /// Tiles that are computed: of a symmetric matrix those with anything on the diagonal or above it.
+    fn tiles(self, tile: Tile, is_symmetric: bool) -> usize {
+        let (rows, cols) = (self.row_tiles(tile.rows), self.n.div_ceil(tile.cols));
+        let above = |col: usize| ((col + 1) * tile.cols).div_ceil(tile.rows).min(rows);
+        let each = if is_symmetric { (0..cols).map(above).sum() } else { rows * cols };
+        each * self.n_matrix
     }
 
     /// Elements of `parts` for each part.
@@ -350,8 +407,9 @@ impl Shape {
 pub struct Products {
     arithmetic: Arithmetic,
     cublaslt: Option<Arc<CublasLt>>,
-    /// Of [`TILES`], by whether A is transposed, and B.
-    kernels: [[[Kernel; 2]; 2]; 2],
+    /// Whether parts of sums meet in an order of their own.
+    is_deterministic: bool,
+    tiles: Vec<Kernels>,
     parts: Kernel,
     n_multiprocessor: usize,
 }
@@ -360,35 +418,39 @@ impl Products {
     /// Loads them.
     ///
     /// # Errors
-    /// [`crate::Error`]: a module or a kernel that the driver refuses.
-    pub fn new(gpu: &Arc<Gpu>, arithmetic: Arithmetic) -> Result<Self> {
+    /// [`Error::Matmul`], or a module or a kernel that the driver refuses.
+    pub fn new(gpu: &Arc<Gpu>, arithmetic: Arithmetic, matmul: Matmul) -> Result<Self> {
+        matmul.check(gpu, arithmetic)?;
+        // Of a module, the kernels of each of some tiles.
         macro_rules! kernels {
-            ($name:literal) => {{
+            ($name:literal, $tiles:expr, $($size:literal),*) => {{
                 let module = Module::load(gpu, include_str!(concat!("../../ptx/train_product_", $name, ".ptx")))?;
-                let kernel = |name, tile: Tile| {
-                    let kernel = module.kernel(name)?;
-                    kernel.allow_shared(tile.shared())?;
-                    Ok(kernel)
-                };
-                macro_rules! pair {
-                    ($way:literal) => {
-                        [
-                            kernel(concat!("train_product_", $name, $way, "_64"), TILES[0])?,
-                            kernel(concat!("train_product_", $name, $way, "_128"), TILES[1])?,
-                        ]
-                    };
-                }
-                Ok([[pair!("_nn"), pair!("_nt")], [pair!("_tn"), pair!("_tt")]])
+                let names = [$([
+                    [concat!("train_product_", $name, "_nn_", $size), concat!("train_product_", $name, "_nt_", $size)],
+                    [concat!("train_product_", $name, "_tn_", $size), concat!("train_product_", $name, "_tt_", $size)],
+                ]),*];
+                load(&module, $tiles.into_iter().zip(names))?
             }};
         }
-        let kernels: Result<[[[Kernel; 2]; 2]; 2]> = match arithmetic {
-            Arithmetic::F32 => kernels!("f32"),
-            Arithmetic::Tf32 => kernels!("tf32"),
-            Arithmetic::Bf16 => kernels!("bf16"),
+        let mut tiles = match arithmetic {
+            Arithmetic::F32 => kernels!("f32", TILES, "64", "128"),
+            Arithmetic::Tf32 => kernels!("tf32", TILES, "64", "128"),
+            Arithmetic::Bf16 => kernels!("bf16", TILES, "64", "128"),
         };
+        match matmul {
+            Matmul::Mma => {}
+            Matmul::Wgmma => tiles.extend(kernels!("wgmma", WGMMA_TILES, "128x128", "128x256")),
+        }
         let parts =
             Module::load(gpu, include_str!("../../ptx/train_product_parts.ptx"))?.kernel("train_product_parts")?;
-        Ok(Self { arithmetic, cublaslt: None, kernels: kernels?, parts, n_multiprocessor: gpu.n_multiprocessor() })
+        Ok(Self {
+            arithmetic,
+            cublaslt: None,
+            is_deterministic: true,
+            tiles,
+            parts,
+            n_multiprocessor: gpu.n_multiprocessor(),
+        })
     }
 
     /// The same, but plain dense products by cuBLASLt where its library is found, for which these kernels stand in otherwise.
@@ -399,6 +461,12 @@ impl Products {
         Ok(Self { cublaslt: CublasLt::open(gpu, self.arithmetic)?.map(Arc::new), ..self })
     }
 
+    /// The same, but several blocks that share the sums of a [`Write::Add`] add them where they belong, whichever comes first: two runs
+    /// differ in the last bits.
+    pub fn non_deterministic(self) -> Self {
+        Self { is_deterministic: false, ..self }
+    }
+
     /// Elements of the workspace with which [`Write::Replace`] and [`Write::Add`] are fastest. With fewer, or none, they are right as well.
     ///
     /// # Panics
@@ -406,26 +474,32 @@ impl Products {
     #[cfg(test)]
     pub fn workspace_len(&self, a: Factor, b: Factor, groups: Groups) -> usize {
         let shape = Shape::new(&a, &b, groups);
-        match self.plan(shape, shape.part_len().saturating_mul(MAX_PART), false) {
+        match self.plan(shape, shape.part_len().saturating_mul(MAX_PART), Wanted::Other) {
             Plan { n_part: 1, .. } => 0,
             Plan { n_part, .. } => n_part * shape.part_len(),
         }
     }
 
     /// The fastest plan whose parts lie in a workspace of `room` elements.
-    fn plan(&self, shape: Shape, room: usize, is_symmetric: bool) -> Plan {
+    fn plan(&self, shape: Shape, room: usize, write: Wanted) -> Plan {
         let passes = if self.arithmetic == Arithmetic::F32 { 3 } else { 1 };
         let k_tiles = (shape.k / shape.n_sum_group).div_ceil(self.arithmetic.tile_k()).max(1);
-        let most =
-            if shape.n_row_group.is_some() || shape.part_len() == 0 { 1 } else { (room / shape.part_len()).max(1) };
+        let atomically = write == Wanted::Add && !self.is_deterministic;
+        let most = match shape.part_len() {
+            0 => 1,
+            _ if shape.n_row_group.is_some() => 1,
+            _ if atomically => MAX_PART,
+            len => (room / len).max(1),
+        };
         let mut best = (usize::MAX, Plan { tile: 0, n_part: 1 });
-        for (tile, sizes) in TILES.into_iter().enumerate() {
-            let (rows, cols) = (shape.row_tiles(sizes.side), shape.n.div_ceil(sizes.side));
-            let n_tile = if is_symmetric { rows * (rows + 1) / 2 } else { rows * cols } * shape.n_matrix;
+        for (tile, &(sizes, _)) in self.tiles.iter().enumerate() {
+            let n_tile = shape.tiles(sizes, write == Wanted::Symmetric);
             for n_part in 1..=most.min(MAX_PART).min(k_tiles) {
                 let each = k_tiles.div_ceil(n_part) * sizes.clocks * passes + sizes.other_clocks;
-                let bytes = (2 * n_part + 1) * shape.part_len() * 4;
-                let adding = PARTS_CLOCKS + bytes / (self.n_multiprocessor * PARTS_BYTES_PER_CLOCK);
+                // Read and written in the second-level cache, by other work's side; or written, read by another kernel and written.
+                let (launch, times) = if atomically { (0, n_part) } else { (PARTS_CLOCKS, 2 * n_part + 1) };
+                let bytes = times * shape.part_len() * 4;
+                let adding = launch + bytes / (self.n_multiprocessor * PARTS_BYTES_PER_CLOCK);
                 let clocks =
                     (n_tile * n_part).div_ceil(self.n_multiprocessor) * each + if n_part > 1 { adding } else { 0 };
                 // Of equals the larger tiles: they read less.
@@ -438,10 +512,10 @@ impl Products {
     }
 
     /// Queues `C = A B`. A workspace of [`Products::workspace_len`] lets several blocks share long sums; the results do not depend on
-    /// anything but shapes and the workspace's size.
+    /// anything but shapes and the workspace's size, unless [`Products::non_deterministic`] said otherwise.
     ///
     /// # Errors
-    /// [`crate::Error::Kernel`].
+    /// [`Error::Kernel`].
     ///
     /// # Panics
     /// Where shapes or types do not fit each other.
@@ -461,7 +535,12 @@ impl Products {
         }
         let shape = Shape::new(&a, &b, groups);
         let room = if matches!(write, Write::Replace(_) | Write::Add(_)) { workspace.map_or(0, View::len) } else { 0 };
-        let plan = self.plan(shape, room, matches!(write, Write::Symmetric { .. }));
+        let wanted = match write {
+            Write::Add(_) => Wanted::Add,
+            Write::Symmetric { .. } => Wanted::Symmetric,
+            _ => Wanted::Other,
+        };
+        let plan = self.plan(shape, room, wanted);
         self.compute_as(stream, a, b, groups, write, workspace, plan)
     }
 
@@ -494,8 +573,8 @@ impl Products {
             Groups::Sums { starts, n } => (2, starts.address(), n, (0, 0)),
             Groups::Stack { n } => (3, 0, n, (bytes(a.rows, n), bytes(b.rows, n))),
         };
-        let tile = TILES[plan.tile];
-        let (n_row_tile, n_col_tile) = (shape.row_tiles(tile.side), n.div_ceil(tile.side));
+        let (tile, kernels) = &self.tiles[plan.tile];
+        let (n_row_tile, n_col_tile) = (shape.row_tiles(tile.rows), n.div_ceil(tile.cols));
         let mut product = Product {
             a: a.rows.address(),
             b: b.rows.address(),
@@ -516,8 +595,16 @@ impl Products {
             ..Product::default()
         };
         let out = self.describe(&mut product, shape, groups, write);
-        if plan.n_part > 1 {
-            assert!(matches!(write, Write::Replace(_) | Write::Add(_)) && shape.n_row_group.is_none(), "in parts");
+        let in_parts = plan.n_part > 1;
+        assert!(
+            !in_parts || matches!(write, Write::Replace(_) | Write::Add(_)) && shape.n_row_group.is_none(),
+            "in parts"
+        );
+        let meet_later = in_parts && (self.is_deterministic || matches!(write, Write::Replace(_)));
+        if in_parts && !meet_later {
+            product.write = Kind::AddAtomically as u32;
+        }
+        if meet_later {
             let parts = workspace.expect("parts have a workspace");
             assert!(
                 parts.len() >= plan.n_part * shape.part_len(),
@@ -530,12 +617,12 @@ impl Products {
             product.write = Kind::Parts as u32;
         }
         let blocks = [number(n_row_tile * n_col_tile), product.n_part, number(n_matrix)];
-        let kernel = &self.kernels[usize::from(a.transposed)][usize::from(b.transposed)][plan.tile];
-        let grid = Grid { blocks, threads: THREADS, shared: tile.shared() };
+        let kernel = &kernels[usize::from(a.transposed)][usize::from(b.transposed)];
+        let grid = Grid { blocks, threads: tile.threads, shared: tile.shared() };
         // SAFETY: the argument is the kernel's. Tiles of A, B, C and what has its shape end where `Shape` and `describe` found that
         // these end; groups and gathered rows lie inside by this operation's contract; parts were measured above.
         unsafe { kernel.launch(stream, grid, &[Arg::value(product)])? };
-        if plan.n_part > 1 {
+        if meet_later {
             let quads = shape.part_len() / 4;
             let blocks = [number(quads.div_ceil(PARTS_THREADS)), 1, 1];
             let grid = Grid { blocks, threads: PARTS_THREADS as u32, shared: 0 };
@@ -629,6 +716,20 @@ impl Products {
         product.stored = out.element() as u32;
         out
     }
+}
+
+/// Kernels by their names, each with the shared memory of its tiles.
+fn load(module: &Arc<Module>, tiles: impl Iterator<Item = (Tile, [[&'static str; 2]; 2])>) -> Result<Vec<Kernels>> {
+    let load = |name, tile: Tile| {
+        let kernel = module.kernel(name)?;
+        kernel.allow_shared(tile.shared())?;
+        Ok(kernel)
+    };
+    tiles
+        .map(|(tile, [[nn, nt], [tn, tt]])| {
+            Ok((tile, [[load(nn, tile)?, load(nt, tile)?], [load(tn, tile)?, load(tt, tile)?]]))
+        })
+        .collect()
 }
 
 fn drops(product: &mut Product, shape: Shape, dropout: Option<Dropped>) {

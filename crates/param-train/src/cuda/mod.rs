@@ -19,7 +19,7 @@ use crate::data::Batch;
 use crate::error::Error;
 use crate::optimizer::{Group, Moments, polynomials};
 use crate::random::Key;
-use crate::settings::{Dtype, Recompute, Settings};
+use crate::settings::{Dtype, Matmul, Recompute, Settings};
 use noise::Noise;
 use places::Places;
 
@@ -91,6 +91,8 @@ fn plan(config: &Config, settings: &Settings) -> Plan {
     Plan {
         arithmetic: arithmetic(settings),
         cublaslt: settings.cublaslt,
+        deterministic: settings.deterministic,
+        matmul: matmul(settings),
         // Samples need one row of all positions.
         n_row: settings.batch_size.max(config.n_ctx.div_ceil(settings.context)),
         n_col: settings.context,
@@ -132,6 +134,13 @@ fn arithmetic(settings: &Settings) -> Arithmetic {
         Dtype::F32 => Arithmetic::F32,
         Dtype::Tf32 => Arithmetic::Tf32,
         Dtype::Bf16 => Arithmetic::Bf16,
+    }
+}
+
+fn matmul(settings: &Settings) -> training::Matmul {
+    match settings.matmul {
+        Matmul::Mma => training::Matmul::Mma,
+        Matmul::Wgmma => training::Matmul::Wgmma,
     }
 }
 
@@ -393,8 +402,9 @@ fn section(part: Part) -> Section {
 /// What the GPU path does not take, before anything is read or allocated.
 ///
 /// # Errors
-/// [`Error::Setting`] or [`Error::Cuda`], naming the size.
-pub fn check(config: &Config, settings: &Settings) -> Result<(), GpuError> {
+/// [`GpuError`], naming the size, or what `gpu` does not multiply.
+pub fn check(gpu: &Gpu, config: &Config, settings: &Settings) -> Result<(), GpuError> {
+    matmul(settings).check(gpu, arithmetic(settings))?;
     training::check(&ModelSizes {
         n_embd: config.n_embd,
         head_dim: config.head_dim(),

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::super::product::Products;
+use super::super::product::{Matmul, Products};
 use super::super::testing::{Random, Stored, gpu, rounded};
 use super::*;
 use crate::training::Dropped;
@@ -44,7 +44,7 @@ fn check(arithmetic: Arithmetic, (m, n, k): (usize, usize, usize), transposed: [
     let factors = Factors::new(arithmetic.element(), (m, n, k), transposed);
     let out = if adds { Element::F32 } else { out };
     let before = rounded(&Random::new(7).floats(m * n, 2.0), out);
-    let ours = Products::new(&gpu, arithmetic).unwrap();
+    let ours = Products::new(&gpu, arithmetic, Matmul::Mma).unwrap();
     let workspace = gpu.alloc::<f32>("", 1000).unwrap();
     let run = |by_library: bool| {
         let stored = Stored::new(&gpu, &before, out, n);
