@@ -444,7 +444,7 @@ fn tiles_of_many_rows_and_groups_are_all_found() {
 
 /// A test of these tests: whatever wait, fence or barrier is left out of the products by warpgroups, they notice.
 #[test]
-fn products_by_warpgroups_that_do_not_wait_are_found_out() {
+fn a_kernel_that_does_not_wait_is_found_out() {
     if is_real() {
         return;
     }
