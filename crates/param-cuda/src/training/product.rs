@@ -396,6 +396,7 @@ impl Shape {
 #[derive(Clone, Debug)]
 pub struct Products {
     arithmetic: Arithmetic,
+    /// [`TILES`], and where products are by warpgroups [`WGMMA_TILES`].
     tiles: Vec<Kernels>,
     parts: Kernel,
     n_multiprocessor: usize,
