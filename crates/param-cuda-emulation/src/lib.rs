@@ -3,8 +3,10 @@
 //! [`preload`] puts the library where cudarc finds it; from then on the process has a GPU of 4 multiprocessors. A child process finds
 //! it through `LD_LIBRARY_PATH` ([`folder`]). Every CUDA thread is a fiber; blocks of an ordinary launch run one after another, those of
 //! a cooperative launch together. Shared memory is poisoned with `0xCD`, device memory with NaN; a `copy_async` happens at the wait that
-//! covers it, or never. A launch whose threads wait for each other for ever, or meet at different places, fails with
-//! `CUDA_ERROR_LAUNCH_TIMEOUT` and says on stderr who waits where ([`last_fault`]).
+//! covers it, or never; a product by a warpgroup at once or at the wait that covers it, by the schedule, and what it reads must have been
+//! copied before an `async_proxy_fence` of who copied it (ordinary writes to shared memory are not followed). A launch whose threads wait
+//! for each other for ever, or meet at different places, fails with `CUDA_ERROR_LAUNCH_TIMEOUT` and says on stderr who waits where
+//! ([`last_fault`]).
 //!
 //! The environment variable `PARAM_EMULATED_CUDA` (or [`configure`]) plays failures, separated by commas:
 //! `no-device` (there are none), `no-device-error` (`cuInit` says so), `version=11040` (an old driver), `memory=BYTES` (of the device),

@@ -409,6 +409,7 @@ pub struct Products {
     cublaslt: Option<Arc<CublasLt>>,
     /// Whether parts of sums meet in an order of their own.
     is_deterministic: bool,
+    /// [`TILES`], and where products are by warpgroups [`WGMMA_TILES`].
     tiles: Vec<Kernels>,
     parts: Kernel,
     n_multiprocessor: usize,

@@ -466,7 +466,7 @@ fn parts_of_sums_meet_where_they_belong() {
 
 /// A test of these tests: whatever wait, fence or barrier is left out of the products by warpgroups, they notice.
 #[test]
-fn products_by_warpgroups_that_do_not_wait_are_found_out() {
+fn a_kernel_that_does_not_wait_is_found_out() {
     if is_real() {
         return;
     }
