@@ -160,7 +160,8 @@ struct Training {
 /// A model on a GPU.
 pub struct Learner {
     // Graphs go before what they were recorded from.
-    passes: HashMap<Pass, Graph>,
+    /// `None` of those that have run once, unrecorded.
+    passes: HashMap<Pass, Option<Graph>>,
     update: Option<Graph>,
     gpu: Arc<Gpu>,
     stream: Stream,
@@ -484,12 +485,21 @@ impl Learner {
         if self.marks.is_some() {
             return self.forward_and_backward(&self.stream, pass);
         }
-        if !self.passes.contains_key(&pass) {
-            let graph = self.stream.capture(|stream| self.forward_and_backward(stream, pass))?;
-            self.passes.insert(pass, graph);
+        match self.passes.get(&pass) {
+            // A library loads its kernels when they are first used, which a recording does not allow.
+            None if self.operations.products.uses_cublaslt() => {
+                self.passes.insert(pass, None);
+                return self.forward_and_backward(&self.stream, pass);
+            }
+            None | Some(None) => {
+                let graph = self.stream.capture(|stream| self.forward_and_backward(stream, pass))?;
+                self.passes.insert(pass, Some(graph));
+            }
+            Some(Some(_)) => {}
         }
+        let graph = self.passes[&pass].as_ref().expect("recorded above");
         // SAFETY: all that was recorded are this learner's buffers, which live as long as its graphs.
-        unsafe { self.passes[&pass].launch(&self.stream) }
+        unsafe { graph.launch(&self.stream) }
     }
 
     /// Queues the norm of the gradients, which [`Learner::reports`] returns: after a step's last batch.

@@ -462,6 +462,11 @@ impl Products {
         Ok(Self { cublaslt: CublasLt::open(gpu, self.arithmetic)?.map(Arc::new), ..self })
     }
 
+    /// Whether some are cuBLASLt's.
+    pub(super) fn uses_cublaslt(&self) -> bool {
+        self.cublaslt.is_some()
+    }
+
     /// The same, but several blocks that share the sums of a [`Write::Add`] add them where they belong, whichever comes first: two runs
     /// differ in the last bits.
     pub fn non_deterministic(self) -> Self {
