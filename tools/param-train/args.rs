@@ -166,7 +166,7 @@ pub struct Training {
     /// What moves the matrices of blocks; embeddings, norms, biases and routers are AdamW's always [default: muon]
     #[arg(long, value_name = "NAME")]
     pub optimizer: Option<OptimizerName>,
-    /// Highest learning rate [default: 0.6 over the model's width]
+    /// Highest learning rate [default: 0.1 over the root of the model's width]
     #[arg(long)]
     pub lr: Option<f32>,
     /// Last learning rate as a fraction of --lr [default: 0.1]
@@ -181,7 +181,7 @@ pub struct Training {
     /// Part of the run over which wsd decays [default: 0.2]
     #[arg(long, value_name = "FRACTION")]
     pub decay_fraction: Option<f32>,
-    /// Highest learning rate of what Muon moves [default: twice --lr]
+    /// Highest learning rate of what Muon moves [default: 1.2 times --lr]
     #[arg(long, value_name = "LR")]
     pub muon_lr: Option<f32>,
     /// Muon's decay of the running sum of gradients [default: 0.95]
@@ -233,7 +233,7 @@ pub struct Training {
     #[arg(long)]
     pub capacity: bool,
     /// Change per step of the bias by which an expert is chosen more or less, in a model with --set use_selection_bias=true
-    /// [default: 0.001]
+    /// [default: 0.01]
     #[arg(long, value_name = "RATE")]
     pub bias_rate: Option<f32>,
     /// Leave tensors as they are whose checkpoint names match, such as 'moe\.experts' or '^token_emb' (repeatable)
@@ -494,12 +494,12 @@ impl Training {
         match (self.optimizer, s.muon) {
             (Some(OptimizerName::Adamw), _) => s.muon = None,
             (Some(OptimizerName::Muon), None) => {
-                s.muon = Some(Muon { lr: 2.0 * s.schedule.peak, momentum: Muon::MOMENTUM })
+                s.muon = Some(Muon { lr: Muon::LR_RATIO * s.schedule.peak, momentum: Muon::MOMENTUM })
             }
             _ => {}
         }
         if let Some(muon) = &mut s.muon {
-            set(&mut muon.lr, self.muon_lr.or(self.lr.map(|lr| 2.0 * lr)));
+            set(&mut muon.lr, self.muon_lr.or(self.lr.map(|lr| Muon::LR_RATIO * lr)));
             set(&mut muon.momentum, self.momentum);
         }
         set(&mut s.lr_scale, (!self.lr_scale.is_empty()).then(|| self.lr_scale.clone()));

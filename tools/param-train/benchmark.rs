@@ -4,7 +4,6 @@ use std::io::{Write, stderr, stdout};
 use std::process::ExitCode;
 
 use anyhow::Result;
-use param_train::Device;
 use param_train::benchmark::benchmark;
 use serde_json::json;
 

@@ -33,9 +33,9 @@ impl Recipe {
             shuffle: true,
             isolate_documents: false,
             schedule: Schedule {
-                // The best rate is taken to fall as one over the width, here and below: the evidence is
-                // benches/runs/2026-11-26-learning.md, from widths of 96 and 128.
-                peak: 0.6 / config.n_embd as f32,
+                // Falls as one over the root of the width, as Muon's does: the evidence is benches/runs/2026-11-28-learning.md, from
+                // widths of 96 to 384.
+                peak: 0.1 / (config.n_embd as f32).sqrt(),
                 warmup: (steps / 20).min(2000),
                 total: steps,
                 curve: Curve::Cosine,
@@ -67,7 +67,7 @@ impl Recipe {
         match self {
             Recipe::AdamW => base,
             Recipe::Recommended => {
-                let muon = Muon { lr: 1.2 / config.n_embd as f32, momentum: Muon::MOMENTUM };
+                let muon = Muon { lr: Muon::LR_RATIO * base.schedule.peak, momentum: Muon::MOMENTUM };
                 Settings { muon: Some(muon), ..base }
             }
             Recipe::Reference => Settings {

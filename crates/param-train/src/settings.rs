@@ -175,9 +175,10 @@ pub struct Settings {
     pub sample_prompt: String,
 }
 
-/// What Wang et al. 2024 found best, for gates between 0 and 1 and runs of many thousand steps.
+/// What balanced best, at the lowest loss, in benches/runs/2026-11-28-learning.md. Wang et al. 2024 found 1e-3, but for gates between 0 and
+/// 1, where here the bias is added to logits.
 pub fn bias_rate() -> f32 {
-    1e-3
+    1e-2
 }
 
 fn yes() -> bool {

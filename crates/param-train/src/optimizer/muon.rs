@@ -42,6 +42,8 @@ pub struct Scratch {
 impl Muon {
     /// The usual decay of the running sum.
     pub const MOMENTUM: f32 = 0.95;
+    /// Its learning rate over AdamW's, where nothing else is said.
+    pub const LR_RATIO: f32 = 1.2;
 
     /// One step of a matrix `p` [n_row, n_col] at learning rate `lr`, keeping `keep` of it. The gradient, read times `grad_scale`,
     /// becomes zero; `sum` is the running sum of gradients.
