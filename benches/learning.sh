@@ -7,12 +7,13 @@
 #   benches/learning.sh tokens TEXT PRESET                 tokens that the default recipe needs for the loss that AdamW alone ends with
 #   benches/learning.sh reference JSONL VENV/bin/python    200 steps of --recipe reference beside PyTorch, the same batches and weights, noise off
 #
-# SEEDS="1 2 3" says which seeds, THREADS how many threads; COMPILE=1 has PyTorch compile as well in characters; STEPS how long minutes
-# trains, and AdamW in tokens, there at rate ADAMW_LR; ONLY=ours or ONLY=torch one side of documents. Runs go to runs/learning. Needs jq.
+# SEEDS="1 2 3" says which seeds, THREADS how many threads; DTYPE the type of ours in characters and minutes, f32 where bf16 is slow; COMPILE=1
+# has PyTorch compile as well in characters; STEPS how long minutes trains, and AdamW in tokens, there at rate ADAMW_LR; ONLY=ours or ONLY=torch
+# one side of documents. Runs go to runs/learning. Needs jq.
 set -euo pipefail
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,13s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# -ge 2 ] || usage
 task=$1 text=$(realpath "$2")
 read -ra seeds <<<"${SEEDS:-1 2 3}"
@@ -46,7 +47,7 @@ characters)
     python=${3:?characters needs VENV/bin/python}
     for seed in "${seeds[@]}"; do
         out=$(train "characters-$seed" --data "$text" --chars --holdout 0.1 --config "$root/benches/peers/torch/char.toml" --seed "$seed" \
-            --dtype bf16 --batch-size 24 --steps 400 --eval-every 20)
+            --dtype "${DTYPE:-bf16}" --batch-size 24 --steps 270 --eval-every 10)
         echo "PARAM          seed $seed  $(reached "$out" 1.88)"
         for compile in "" ${COMPILE:+--compile}; do
             row=$("$python" "$root/benches/peers/torch/learn.py" --recipe nanogpt --preset "$root/benches/peers/torch/char.toml" --data "$text" \
@@ -60,7 +61,7 @@ minutes)
         start=$SECONDS
         # As many batches as the last tenth has.
         out=$(train "minutes-$seed" --data "$text" --chars --holdout 0.1 --config "$root/benches/peers/torch/char.toml" --seed "$seed" \
-            --context 256 --batch-size 12 --dropout 0.1 --dtype bf16 --steps "${STEPS:-5600}" --eval-every 500 --eval-batches 36)
+            --context 256 --batch-size 12 --dropout 0.1 --dtype "${DTYPE:-bf16}" --steps "${STEPS:-5600}" --eval-every 500 --eval-batches 36)
         best=$(jq -rs 'map(select(.eval_loss)) | min_by(.eval_loss) | "loss \(.eval_loss * 1e4 | round / 1e4) at step \(.step)"' "$out/metrics.jsonl")
         echo "seed $seed  $best  $((SECONDS - start)) s with evaluation"
     done

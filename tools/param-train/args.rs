@@ -184,7 +184,7 @@ pub struct Training {
     /// Highest learning rate of what Muon moves [default: 1.2 times --lr]
     #[arg(long, value_name = "LR")]
     pub muon_lr: Option<f32>,
-    /// Muon's decay of the running sum of gradients [default: 0.95]
+    /// Muon's decay of the running sum of gradients [default: 0.95, in runs of less than 3000 steps down to 0.8]
     #[arg(long)]
     pub momentum: Option<f32>,
     /// Factor of the learning rate of tensors by their names in the checkpoint, such as 'token_emb=2'

@@ -67,7 +67,9 @@ impl Recipe {
         match self {
             Recipe::AdamW => base,
             Recipe::Recommended => {
-                let muon = Muon { lr: Muon::LR_RATIO * base.schedule.peak, momentum: Muon::MOMENTUM };
+                // Short runs do better with a short memory: the same page of evidence.
+                let momentum = (1.0 - 150.0 / steps as f32).clamp(0.8, Muon::MOMENTUM);
+                let muon = Muon { lr: Muon::LR_RATIO * base.schedule.peak, momentum };
                 Settings { muon: Some(muon), ..base }
             }
             Recipe::Reference => Settings {
