@@ -327,7 +327,7 @@ pub enum MatmulName {
 pub enum RecomputeName {
     /// Keep everything
     Nothing,
-    /// Most of the memory for a fifth more arithmetic: what is widest
+    /// What is widest: about half of the memory of the activations, for half of the arithmetic of `blocks`
     FeedForward,
     /// All but the blocks' inputs, for a third more arithmetic
     Blocks,

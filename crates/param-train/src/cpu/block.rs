@@ -149,7 +149,7 @@ impl Block {
         }
     }
 
-    /// The whole block, its output to `out` [n_token, n_embd] if anyone wants it.
+    /// The whole block, its output to `out` [n_token, n_embd].
     pub fn forward(
         &self,
         machine: &mut Machine,
@@ -157,10 +157,10 @@ impl Block {
         x: &[f32], // [n_token, n_embd]
         choice: Choice,
         pass: Pass,
-        out: Option<&mut [f32]>,
+        out: &mut [f32],
     ) -> Forward {
         let mut saved = self.attention(machine, params, x, pass);
-        let (ffn, routing) = self.feed_forward(machine, params, &saved.middle, choice, pass, out);
+        let (ffn, routing) = self.feed_forward(machine, params, &saved.middle, choice, pass, Some(out));
         saved.ffn = Some(ffn);
         Forward { saved, routing }
     }

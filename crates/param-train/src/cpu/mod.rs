@@ -306,8 +306,7 @@ impl Model {
             let choice = block::Choice { normal: mode.noise.normal(config, index, n_token), capacity: mode.capacity };
             let pass = block::Pass { config, sequences, dropout: mode.dropout, index };
             let mut out = machine.buffers.take(x.len());
-            let block::Forward { mut saved, routing } =
-                block.forward(machine, params, &x, choice, pass, Some(&mut out));
+            let block::Forward { mut saved, routing } = block.forward(machine, params, &x, choice, pass, &mut out);
             let input = std::mem::replace(&mut x, out);
             let kept = match *recompute {
                 Recompute::Nothing if keep => Some(saved),
