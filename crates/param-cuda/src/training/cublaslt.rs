@@ -4,6 +4,7 @@
 //! `C^T = B^T A^T`.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CStr, c_void};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -211,10 +212,11 @@ impl CublasLt {
         let key = Key { matrices, n_workspace_byte };
         self.gpu.bind()?;
         let mut planned = self.planned.lock().unwrap_or_else(PoisonError::into_inner);
-        if !planned.contains_key(&key) {
-            planned.insert(key, self.plan(key)?);
-        }
-        let Some(Planned { operation, layouts: [left, right, result], algorithm }) = &planned[&key] else {
+        let planned = match planned.entry(key) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => entry.insert(self.plan(key)?),
+        };
+        let Some(Planned { operation, layouts: [left, right, result], algorithm }) = planned else {
             return Ok(false);
         };
         let pointer = |address: u64| address as *mut c_void;

@@ -246,10 +246,10 @@ impl Block {
                 let weights = expert_weights(params, *up, *down);
                 let of_expert = pass.dropout(Site::Expert);
                 let dropouts = (of_expert.as_ref(), dropout.as_ref());
-                let out = out.map(|out| {
+                let mut out = out;
+                if let Some(out) = &mut out {
                     out.copy_from_slice(middle);
-                    out
-                });
+                }
                 let saved = experts::forward(machine, out, &normed, &weights, &chosen, pass.experts(), dropouts);
                 (ffn, routing) = (SavedFfn::Experts(saved, drawn), Some(chosen));
             }
