@@ -47,7 +47,7 @@ characters)
     python=${3:?characters needs VENV/bin/python}
     for seed in "${seeds[@]}"; do
         out=$(train "characters-$seed" --data "$text" --chars --holdout 0.1 --config "$root/benches/peers/torch/char.toml" --seed "$seed" \
-            --dtype "${DTYPE:-bf16}" --batch-size 24 --steps 270 --eval-every 10)
+            --dtype "${DTYPE:-bf16}" --batch-size 24 --steps 300 --eval-every 10)
         echo "PARAM          seed $seed  $(reached "$out" 1.88)"
         for compile in "" ${COMPILE:+--compile}; do
             row=$("$python" "$root/benches/peers/torch/learn.py" --recipe nanogpt --preset "$root/benches/peers/torch/char.toml" --data "$text" \
