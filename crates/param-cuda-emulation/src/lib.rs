@@ -180,6 +180,27 @@ pub fn build_variant(kernel_file: impl AsRef<Path>, edit: impl Fn(&str) -> Strin
     try_variant(asked, &edit, sanitize).unwrap_or_else(|e| panic!("{}: {e}", asked.display()))
 }
 
+/// Fails unless `test` of the calling test binary fails with each of `edits` to a kernel file alone: a text that stands there once, and what
+/// takes its place. A test of the tests.
+///
+/// # Panics
+/// If an edit goes unnoticed, its text stands there never or more than once, or the compiler refuses.
+pub fn assert_noticed(kernel_file: &str, edits: &[(&str, &str)], test: &str) {
+    for (with, without) in edits {
+        let edit = |text: &str| {
+            assert_eq!(text.matches(with).count(), 1, "{with}");
+            text.replace(with, without)
+        };
+        let library = build_variant(kernel_file, edit, false);
+        let binary = std::env::current_exe().unwrap_or_else(|e| panic!("the test binary: {e}"));
+        let mut command = std::process::Command::new(binary);
+        let output = command.args(["--exact", test]).env("PARAM_EMULATION_LIBRARY", library).output();
+        let output = output.unwrap_or_else(|e| panic!("{test}: {e}"));
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(!output.status.success() && said.contains("1 failed"), "nothing was noticed without {with}: {said}");
+    }
+}
+
 fn try_variant(asked: &Path, edit: &dyn Fn(&str) -> String, sanitize: bool) -> Result<PathBuf, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (cpp, kernels) = (root.join("cpp"), root.with_file_name("param-cuda").join("kernels"));

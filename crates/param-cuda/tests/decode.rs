@@ -8,7 +8,7 @@ use param_cuda::decode::{Decoder, NO_LOGITS, NO_ROOM, NOT_FINITE, Pick};
 use param_cuda::model::Format;
 use param_cuda::sampling::Sampling;
 use param_cuda::{Caches, Gpu, Stream};
-use param_cuda_emulation::{Schedule, build_variant, is_real, schedule};
+use param_cuda_emulation::{Schedule, assert_noticed, is_real, schedule};
 use proptest::prelude::*;
 use reference::{Shape, TinyModel};
 
@@ -213,16 +213,7 @@ fn a_kernel_that_does_not_wait_is_found_out() {
         ("        copy_async_wait<0>();\n        grid_wait", "        grid_wait"),
         ("grid_wait(d.barrier, round);\n    }", "__syncthreads();\n    }"),
     ];
-    for (with, without) in edits {
-        let edit = |text: &str| {
-            assert_eq!(text.matches(with).count(), 1, "{with}");
-            text.replace(with, without)
-        };
-        let library = build_variant("decode.cu", edit, false);
-        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "no_schedule_changes_a_token"]).env("PARAM_EMULATION_LIBRARY", library);
-        assert!(!command.output().unwrap().status.success(), "nothing was noticed without {with}");
-    }
+    assert_noticed("decode.cu", &edits, "no_schedule_changes_a_token");
 }
 
 /// What param-runtime's sampler does, from the logits it is given.

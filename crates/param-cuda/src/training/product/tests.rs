@@ -1,6 +1,6 @@
 //! Every way to multiply, in the emulation, against plain sums in f64.
 
-use param_cuda_emulation::{Schedule, build_variant, is_real};
+use param_cuda_emulation::{Schedule, assert_noticed, is_real};
 use proptest::prelude::*;
 
 use super::super::testing::{Random, Stored, gpu, rounded};
@@ -483,18 +483,7 @@ fn a_kernel_that_does_not_wait_is_found_out() {
             "of_a = matrix_descriptor(shared_address(shared)",
         ),
     ];
-    for (with, without) in edits {
-        let edit = |text: &str| {
-            assert_eq!(text.matches(with).count(), 1, "{with}");
-            text.replace(with, without)
-        };
-        let library = build_variant("train_product_wgmma.cu", edit, false);
-        let mut command = std::process::Command::new(std::env::current_exe().unwrap());
-        command.args(["--exact", "training::product::tests::every_kernel_by_warpgroups_multiplies"]);
-        let output = command.env("PARAM_EMULATION_LIBRARY", library).output().unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(!output.status.success() && said.contains("1 failed"), "nothing was noticed without {with}: {said}");
-    }
+    assert_noticed("train_product_wgmma.cu", &edits, "training::product::tests::every_kernel_by_warpgroups_multiplies");
 }
 
 fn shape(m: usize, n: usize, k: usize) -> Shape {
